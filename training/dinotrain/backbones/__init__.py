@@ -1,0 +1,1 @@
+"""Backbones: frozen feature extractors, and how their published weights become ours."""
