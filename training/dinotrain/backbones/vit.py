@@ -306,6 +306,13 @@ def init_weights_(model: VisionTransformer, layer_scale: float = 1.0) -> VisionT
     return model
 
 
+_PUBLISHED_TAPS = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
+
+
 def default_taps(depth: int) -> tuple[int, ...]:
-    """The published four taps: evenly spaced, ending at the last block. Source: METHODS A5."""
+    """Four taps: the published ones, else evenly spaced up to the last block. Source: METHODS A5."""
+    if depth in _PUBLISHED_TAPS:
+        return _PUBLISHED_TAPS[depth]
+    if depth < 4:
+        raise UsageError(f"four taps need at least 4 blocks, this backbone has {depth}")
     return tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))

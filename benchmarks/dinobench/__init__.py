@@ -1,0 +1,1 @@
+"""Benchmarks: run bundles and builds, and say how each figure was obtained (no torch)."""
