@@ -283,9 +283,7 @@ class VisionTransformer(nn.Module):
                 found[index] = self.split(self.norm(x) if norm == "final" else x).patch_tokens
         return self.split(self.norm(x)), [found[block] for block in blocks]
 
-    def taps(
-        self, images: Tensor, blocks: Sequence[int], norm: TapNorm = "final"
-    ) -> list[Tensor]:
+    def taps(self, images: Tensor, blocks: Sequence[int], norm: TapNorm = "final") -> list[Tensor]:
         """Patch tokens per block: a list of (B, N, D). See ``forward_taps``."""
         return self.forward_taps(images, blocks, norm)[1]
 

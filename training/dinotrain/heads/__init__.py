@@ -1,0 +1,1 @@
+"""Heads: the light, trained part between frozen features and logits."""

@@ -1,0 +1,91 @@
+"""Heads over pooled features: linear, MLP, and a deep ensemble of MLPs, one per branch of a task.
+
+A branch is a set of targets that reads the same vector; a task names its branches. All kinds give
+logits of one shape, (B, members, targets, width), so that nothing downstream asks which it is.
+Source: METHODS B6.
+"""
+
+from typing import Literal
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from dinotrain.errors import UsageError
+
+
+class HeadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The kind of head; ``members`` counts only for an ensemble."""
+
+    kind: Literal["linear", "mlp", "ensemble"] = "mlp"
+    hidden: int = 256
+    dropout: float = 0.1
+    members: int = 5
+
+    def __post_init__(self) -> None:
+        """Refuse an ensemble of fewer than two."""
+        if self.kind == "ensemble" and self.members < 2:
+            raise UsageError(f"an ensemble has at least 2 members, not {self.members}")
+
+    @property
+    def count(self) -> int:
+        """Members that are built: one unless it is an ensemble."""
+        return self.members if self.kind == "ensemble" else 1
+
+
+class BranchSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One branch: its name, how many numbers it reads, and how many targets it gives."""
+
+    name: str
+    in_width: int
+    targets: int
+
+
+def build_mlp(in_width: int, out_width: int, config: HeadConfig) -> nn.Sequential:
+    """LN → Linear → GELU → Dropout → Linear, or LN → Linear for the linear kind."""
+    if config.kind == "linear":
+        return nn.Sequential(nn.LayerNorm(in_width), nn.Linear(in_width, out_width))
+    return nn.Sequential(
+        nn.LayerNorm(in_width),
+        nn.Linear(in_width, config.hidden),
+        nn.GELU(),
+        nn.Dropout(config.dropout),
+        nn.Linear(config.hidden, out_width),
+    )
+
+
+class BranchHead(nn.Module):
+    """One small network per branch and member."""
+
+    def __init__(self, branches: list[BranchSpec], width: int, config: HeadConfig) -> None:
+        super().__init__()
+        self.branches = branches
+        self.width = width
+        self.members = nn.ModuleList(
+            nn.ModuleDict(
+                {b.name: build_mlp(b.in_width, b.targets * width, config) for b in branches}
+            )
+            for _ in range(config.count)
+        )
+
+    def forward(self, vectors: dict[str, Tensor]) -> Tensor:
+        """{branch: (B, in_width)} → (B, members, targets, width), targets in branch order."""
+        return torch.stack([self._member(member, vectors) for member in self.members], dim=1)
+
+    def _member(self, member: nn.Module, vectors: dict[str, Tensor]) -> Tensor:
+        parts = [
+            member[b.name](vectors[b.name]).reshape(-1, b.targets, self.width)  # type: ignore[index]
+            for b in self.branches
+        ]
+        return torch.cat(parts, dim=1)
+
+    def output_weights(self) -> list[Tensor]:
+        """Weights of each output layer, one (targets, width, hidden) per branch and member.
+
+        Targets of one branch share their hidden space, so their rows can be compared.
+        """
+        return [
+            member[b.name][-1].weight.reshape(b.targets, self.width, -1)  # type: ignore[index]
+            for member in self.members
+            for b in self.branches
+        ]

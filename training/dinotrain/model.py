@@ -1,0 +1,127 @@
+"""The trained model of a task: frozen backbone → pool → head → decoder.
+
+This is the reference that every artifact is compared with; the exporter builds its deploy graph
+from the same parts.
+"""
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from dinotrain.backbones.vit import ViTConfig, VisionTransformer
+from dinotrain.encoding import Decoder, Encoding
+from dinotrain.heads.branch import BranchHead, BranchSpec, HeadConfig
+from dinotrain.heads.pool import FeatureConfig, build_pool
+from dinotrain.tasks import get_task
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that fixes the shape of a model; ``image_size`` is (height, width) in pixels."""
+
+    task: str
+    backbone: ViTConfig
+    image_size: tuple[int, int]
+    features: FeatureConfig = FeatureConfig()
+    head: HeadConfig = HeadConfig()
+    encoding: Encoding = Encoding()
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+class TaskModel(nn.Module):
+    """Backbone, pool, head and decoder of one task."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        task = get_task(config.task)
+        self.config = config
+        self.task = task
+        self.backbone = VisionTransformer(config.backbone)
+        self.backbone.grid_for(*config.image_size)
+        self.pool = build_pool(config.backbone, config.features, config.image_size)
+        self.head = BranchHead(
+            [
+                BranchSpec(b.name, b.inputs_read * self.pool.width, len(b.targets))
+                for b in task.branches
+            ],
+            config.encoding.width,
+            config.head,
+        )
+        # Learned stand-ins for images that a training sample lacks.
+        self.placeholders = nn.ParameterDict(
+            {i.name: nn.Parameter(torch.zeros(self.pool.width)) for i in task.inputs if i.optional}
+        )
+        ordered = [task.target(name) for b in task.branches for name in b.targets]
+        self.target_specs = ordered
+        self.decoder = Decoder(config.encoding, [t.low for t in ordered], [t.span for t in ordered])
+        self.register_buffer(
+            "pixel_mean", torch.tensor(config.mean).reshape(1, 3, 1, 1), persistent=False
+        )
+        self.register_buffer(
+            "pixel_std", torch.tensor(config.std).reshape(1, 3, 1, 1), persistent=False
+        )
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W), 0..255 → float32, ImageNet-normalised."""
+        return (pixels.float() / 255 - self.pixel_mean) / self.pixel_std
+
+    def extract(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W), 0..255 → frozen features (B, ...), cacheable."""
+        return self.pool.extract(self.backbone, self.normalise(pixels))
+
+    def logits(
+        self, features: dict[str, Tensor], present: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Frozen features per input → logits.
+
+        Args:
+            features: {input: (B, ...)} as ``extract`` gives them.
+            present: {input: (B,) bool}; False takes the learned placeholder. None: all are there.
+
+        Returns:
+            (B, members, targets, width), targets in branch order (``target_specs``).
+        """
+        pooled = {name: self.pool(value) for name, value in features.items()}
+        for name, there in (present or {}).items():
+            if name in self.placeholders:
+                pooled[name] = torch.where(
+                    there.unsqueeze(-1), pooled[name], self.placeholders[name]
+                )
+        return self.head(self.task.combine(pooled))
+
+    def decode(self, logits: Tensor) -> dict[str, Tensor]:
+        """Logits → named values in their units; see ``decode_members``."""
+        return decode_members(self, logits)
+
+    def forward(self, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{input: (B, 3, H, W), 0..255} → {output name: (B,) float32 in its unit}."""
+        return self.decode(self.logits({name: self.extract(x) for name, x in pixels.items()}))
+
+
+def decode_members(model: TaskModel, logits: Tensor) -> dict[str, Tensor]:
+    """Decode each member and reduce: mean, and for an ensemble the spread between members.
+
+    Args:
+        model: gives the decoder and the targets.
+        logits: (B, members, targets, width).
+
+    Returns:
+        {output name: (B,) float32}. The standard deviation is the population one over members
+        (what the members disagree on; it does not contain the noise of the labels).
+
+    Source: METHODS B6 (bit members: the decoded mean equals decoding the averaged bits for the
+    plain code, which is linear).
+    """
+    values = model.decoder(logits)
+    mean = values.mean(dim=1)
+    outputs = {spec.output_name: mean[:, i] for i, spec in enumerate(model.target_specs)}
+    if logits.shape[1] == 1:
+        return outputs
+    std = ((values - mean.unsqueeze(1)) ** 2).mean(dim=1).sqrt()
+    return outputs | {spec.std_name: std[:, i] for i, spec in enumerate(model.target_specs)}
