@@ -1,0 +1,1 @@
+"""Synthetic data whose labels are true by construction; nothing here depicts a person."""
