@@ -1,0 +1,26 @@
+"""The exporter's branch of the exception tree, which starts in ``dinotrain.errors``.
+
+DinoError
+├── BuildError                  a model that cannot be captured, lowered or quantised
+├── BundleError                 an artifact, a manifest or a package that is missing or corrupt
+└── ParityError                 an artifact that cannot be compared with its reference
+    └── UnknownOperationError   a program holds an operation that no evaluator here knows
+"""
+
+from dinotrain.errors import DinoError
+
+
+class BuildError(DinoError):
+    """A model that cannot be captured, lowered or quantised."""
+
+
+class BundleError(DinoError):
+    """An artifact, a manifest or a package that is missing, corrupt or foreign."""
+
+
+class ParityError(DinoError):
+    """An artifact that cannot be compared with its reference."""
+
+
+class UnknownOperationError(ParityError):
+    """A program holds an operation that no evaluator here knows, so nothing of it was run."""

@@ -1,0 +1,1 @@
+"""Targets: each lowers the one captured program to a format that phones run."""

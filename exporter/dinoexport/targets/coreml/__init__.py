@@ -1,0 +1,1 @@
+"""Core ML: lowering, compression, and evaluation of a saved package without a Mac."""
