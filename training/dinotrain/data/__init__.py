@@ -1,0 +1,1 @@
+"""Data: pictures and labels from files, checked, as samples of a task."""

@@ -1,0 +1,1 @@
+"""Losses: one file per family. Missing labels are masked, never imputed."""

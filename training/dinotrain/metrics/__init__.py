@@ -1,0 +1,1 @@
+"""Metrics: how predictions are judged, in the units of the targets."""

@@ -1,0 +1,124 @@
+"""A labelled data set, whatever the task: samples, their pictures and values, split by subject."""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from dinotrain.data.images import Pixels, crop_window, fit_image, read_image
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+class ImageRef(msgspec.Struct, frozen=True, kw_only=True):
+    """One picture of a sample, and how its pixels become the model's input.
+
+    Without ``px_per_mm`` the picture is taken to show the window already.
+    """
+
+    path: Path
+    digest: str
+    """sha256 of the file."""
+    px_per_mm: float | None = None
+    window_mm: float = 0.0
+    mirror: bool = False
+
+    @property
+    def crop_key(self) -> str:
+        """Text that differs whenever the crop differs; a part of a cache key."""
+        return f"{self.px_per_mm!r}|{self.window_mm!r}|{self.mirror}"
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """What is measured once: up to one picture per input of the task, and a value per target."""
+
+    subject_id: str
+    part: str
+    """Which of the subject's samples it is, such as the eye."""
+    split: Split
+    images: dict[str, ImageRef]
+    values: dict[str, float]
+    """{target: value}; NaN where there is no label."""
+    label_step: float | None = None
+    """Step that the labels were rounded to, in their unit."""
+
+    @property
+    def name(self) -> str:
+        """Subject and part, for messages."""
+        return f"{self.subject_id}/{self.part}"
+
+
+class Dataset(msgspec.Struct, frozen=True, kw_only=True):
+    """Samples of one task; ``image_size`` is (height, width) of what ``load`` gives."""
+
+    samples: tuple[Sample, ...]
+    image_size: tuple[int, int]
+    fingerprint: str
+    """sha256 over labels, splits, crops and picture digests; independent of paths and of order."""
+    source: str = ""
+    """What the data are, in a few words."""
+    synthetic: bool = False
+
+    def split(self, *names: Split) -> "Dataset":
+        """Return the samples of some splits, with the same fingerprint."""
+        chosen = tuple(sample for sample in self.samples if sample.split in names)
+        return msgspec.structs.replace(self, samples=chosen)
+
+    def labels(self, targets: list[str]) -> NDArray[np.float64]:
+        """(samples, targets), NaN where there is no label."""
+        rows = [[sample.values.get(name, math.nan) for name in targets] for sample in self.samples]
+        return np.array(rows, dtype=np.float64).reshape(len(rows), len(targets))
+
+    def label_step(self) -> float | None:
+        """Return the coarsest step of any label, or None where no sample names one."""
+        steps = [sample.label_step for sample in self.samples if sample.label_step is not None]
+        return max(steps, default=None)
+
+    def load(self, image: ImageRef) -> Pixels:
+        """(height, width, 3) uint8, cropped and oriented; see ``load_image``."""
+        return load_image(image, self.image_size)
+
+
+def load_image(image: ImageRef, image_size: tuple[int, int]) -> Pixels:
+    """Read, crop and orient one picture.
+
+    Returns:
+        (height, width, 3) uint8; mirrored where the reference says so.
+
+    Raises:
+        DataError: the picture cannot be read.
+    """
+    pixels = read_image(image.path)
+    if image.px_per_mm is None:
+        pixels = fit_image(pixels, image_size)
+    else:
+        pixels = crop_window(pixels, image.px_per_mm, image.window_mm, image_size)
+    return np.ascontiguousarray(pixels[:, ::-1] if image.mirror else pixels)
+
+
+def fingerprint(samples: tuple[Sample, ...]) -> str:
+    """sha256 over everything that training reads from the samples; order and paths do not count."""
+    lines = []
+    for sample in samples:
+        images = [f"{k}={v.digest}|{v.crop_key}" for k, v in sorted(sample.images.items())]
+        values = [f"{k}={v!r}" for k, v in sorted(sample.values.items())]
+        facts = [sample.subject_id, sample.part, sample.split, repr(sample.label_step)]
+        lines.append("\x1f".join(facts + images + values))
+    return hashlib.sha256("\x1e".join(sorted(lines)).encode()).hexdigest()
+
+
+def assign_splits(subjects: list[str], seed: int) -> dict[str, Split]:
+    """Split subjects 80 : 10 : 10 by the rank of a seeded hash.
+
+    From three subjects on, validation and test get at least one each.
+    """
+    ranked = sorted(subjects, key=lambda s: hashlib.sha256(f"{seed}\x1f{s}".encode()).digest())
+    few = len(ranked) < 3
+    held = 0 if few else max(1, round(len(ranked) / 10))
+    cuts = {"val": ranked[:held], "test": ranked[held : 2 * held], "train": ranked[2 * held :]}
+    return {subject: split for split, part in cuts.items() for subject in part}  # type: ignore[misc]

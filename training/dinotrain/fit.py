@@ -1,0 +1,489 @@
+"""Training and evaluation of a head on frozen features: data and backbone in, checkpoint out.
+
+A run depends on its recipe, its data and its backbone only: each epoch draws from a seed of its
+own, so that a resumed run gives the bits of an uninterrupted one on a CPU. Source: METHODS B7.
+"""
+
+import hashlib
+import math
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dinotrain.backbones import load_backbone
+from dinotrain.backbones.vit import VARIANTS, VisionTransformer, default_taps
+from dinotrain.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint
+from dinotrain.data.dataset import Dataset, Sample
+from dinotrain.encoding import encode
+from dinotrain.errors import CheckpointError, DataError, UsageError
+from dinotrain.features import FeatureStore, Progress, default_cache, silent
+from dinotrain.losses.bits import bit_weights, focal
+from dinotrain.losses.orthogonality import task_orthogonality
+from dinotrain.losses.regression import mse
+from dinotrain.model import ModelConfig, TaskModel
+from dinotrain.tasks import get_task
+from dinotrain.train_config import TrainConfig
+from dinotrain.training_state import (
+    EpochLog,
+    Journal,
+    Tensors,
+    TrainingState,
+    load_state,
+    save_state,
+    state_path,
+)
+
+EVALUATION_BATCH = 64
+MIN_LABELS = 2
+SYNTHETIC_NOTICE = "Trained on synthetic images only: its figures say nothing about people."
+RESEARCH_NOTICE = "Research software, not a medical device."
+
+Values = NDArray[np.float64]
+
+
+def train(config: TrainConfig, progress: Progress | None = None) -> Path:
+    """Train a head on frozen features and write a checkpoint.
+
+    Args:
+        config: what to do.
+        progress: told of the stages "features" and "training" as they go.
+
+    Returns:
+        The checkpoint's path. An earlier file there is replaced only once training is done.
+
+    Raises:
+        DinoError: anything that the user can mend; see each exception of the tree.
+    """
+    report = progress or silent
+    task = get_task(config.task)
+    device = _device(config.device)
+    dataset = task.read(config.data, image_size=config.image_size, seed=config.seed)
+    backbone = load_backbone(config.backbone, config.image_size)
+    model = _build(config, backbone).to(device)
+    _check_labels(model, dataset)
+    store = FeatureStore(model, config.cache or default_cache())
+    store.prepare(dataset, report)
+    run = _Run(config, model, dataset, store)
+    run.train(report)
+    model.load_state_dict(run.state.best, strict=False)
+    path = save_checkpoint(model, _describe(config, run), config.out, _dtype(config))
+    state_path(config.out).unlink(missing_ok=True)
+    return path
+
+
+def evaluate(
+    checkpoint: Path,
+    data: Path,
+    *,
+    split: Literal["train", "val", "test", "all"] = "test",
+    cache: Path | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Judge a checkpoint on labelled data.
+
+    Args:
+        checkpoint: a trained model.
+        data: what the task's reader reads; blank splits are drawn with the seed of the training.
+        split: which samples.
+        cache: folder of cached features.
+        device: where to compute.
+        progress: told of the stage "features".
+
+    Returns:
+        {split, samples, subjects, source, synthetic, dataset_fingerprint, seen_in_training,
+        targets: metrics of the task}. The mean predictor is the mean of the training labels.
+        ``seen_in_training`` is true where the data are those of the training and the split holds
+        train or val subjects.
+
+    Raises:
+        DinoError: the checkpoint or the data cannot be used, or the split is empty.
+    """
+    model, config = load_checkpoint(checkpoint)
+    model.to(_device(device))
+    seed = config.training.get("seed", 0)
+    dataset = model.task.read(data, image_size=config.image_size, seed=seed)
+    names = ("train", "val", "test") if split == "all" else (split,)
+    chosen = dataset.split(*names)
+    if not chosen.samples:
+        raise DataError(f"{data}: no sample is in the split '{split}'. Name another one, or 'all'.")
+    store = FeatureStore(model, cache or default_cache())
+    store.prepare(chosen, progress or silent)
+    targets = [target.name for target in model.task.targets]
+    means = config.training.get("label_means", {})
+    reference = np.array([[means.get(name, math.nan) for name in targets]])
+    predicted = predict(model, store, chosen.samples)
+    return {
+        "split": split,
+        "samples": len(chosen.samples),
+        "subjects": len({sample.subject_id for sample in chosen.samples}),
+        "source": chosen.source,
+        "synthetic": chosen.synthetic,
+        "dataset_fingerprint": dataset.fingerprint,
+        "seen_in_training": dataset.fingerprint == config.dataset_fingerprint and split != "test",
+        "targets": model.task.evaluate(predicted, chosen.labels(targets), reference),
+    }
+
+
+@torch.inference_mode()
+def predict(model: TaskModel, store: FeatureStore, samples: tuple[Sample, ...]) -> Values:
+    """Predict samples.
+
+    Returns:
+        (samples, targets), float64, in the targets' units and in the order of ``task.targets``.
+    """
+    was_training = model.training
+    model.eval()
+    device = model.pixel_mean.device
+    rows = []
+    for start in range(0, len(samples), EVALUATION_BATCH):
+        features, present = store.batch(samples[start : start + EVALUATION_BATCH])
+        outputs = model.decode(model.logits(_to(features, device), _to(present, device)))
+        columns = [outputs[target.output_name] for target in model.task.targets]
+        rows.append(torch.stack(columns, dim=1).double().cpu().numpy())
+    model.train(was_training)
+    return np.concatenate(rows) if rows else np.zeros((0, len(model.task.targets)))
+
+
+class _Run:
+    """One training run: owns the state and goes from epoch to epoch."""
+
+    def __init__(
+        self, config: TrainConfig, model: TaskModel, dataset: Dataset, store: FeatureStore
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.dataset = dataset
+        self.store = store
+        self.device = model.pixel_mean.device
+        self.samples = dataset.split("train").samples
+        self.held = dataset.split("val")
+        self.labels = dataset.split("train").labels([t.name for t in model.target_specs])
+        self.file = state_path(config.out)
+        self.bit_weights = bit_weights(config.encoding.width, config.bit_rho).to(self.device)
+        if config.encoding.kind == "scalar":
+            _fit_scale_(model, self.labels)
+        self.parameters = _trained(model)
+        adam = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+        self.optimizer = adam(
+            self.parameters.values(), lr=config.lr, weight_decay=config.weight_decay
+        )
+        identity = config.recipe() | {
+            "data": dataset.fingerprint,
+            "backbone": store.backbone_digest,
+        }
+        if config.resume:
+            self.state = load_state(self.file, identity)
+            self._restore()
+        else:
+            weights = self._weights()
+            self.state = TrainingState(
+                journal=Journal(identity=identity), weights=weights, best=weights, moments={}
+            )
+
+    def train(self, report: Progress) -> None:
+        """Run the epochs that are left; ``state.best`` are the weights to keep."""
+        journal = self.state.journal
+        while journal.epoch < self.config.epochs and not journal.stopped:
+            epoch = journal.epoch + 1
+            loss, problem = self._epoch(epoch)
+            if problem:
+                if not journal.best_epoch:
+                    raise UsageError(
+                        f"{problem}, and no epoch was finished. Lower the learning rate "
+                        f"({self.config.lr:g})."
+                    )
+                journal.stopped = f"{problem}; the weights of epoch {journal.best_epoch} are kept"
+                report("training", journal.epoch, self.config.epochs, journal.stopped)
+                return
+            self._close(epoch, loss)
+            save_state(self.state, self.file)
+            report("training", epoch, self.config.epochs, _line(journal))
+
+    def _epoch(self, epoch: int) -> tuple[float, str]:
+        """Train one epoch; returns the mean loss, and what went wrong or nothing."""
+        config, order, hidden = self.config, *self._draw(epoch)
+        starts = range(0, len(order), config.batch_size)
+        total = 0.0
+        self.model.train()
+        with torch.random.fork_rng(devices=_forked(self.device)):
+            torch.manual_seed(_seed(config.seed, "dropout", epoch))
+            for batch, start in enumerate(starts, start=1):
+                chosen = order[start : start + config.batch_size]
+                step = (epoch - 1) * len(starts) + batch - 1
+                self._set_lr(step, config.epochs * len(starts))
+                loss = self._loss(chosen, hidden)
+                if not bool(loss.isfinite()):
+                    return total, f"the loss is {loss.item()} in epoch {epoch}, batch {batch}"
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                self.optimizer.step()
+                total += loss.item() * len(chosen)
+        if not all(bool(value.isfinite().all()) for value in self.parameters.values()):
+            return total, f"weights are not finite after epoch {epoch}, batch {len(starts)}"
+        return total / len(order), ""
+
+    def _draw(self, epoch: int) -> tuple[list[int], dict[str, Tensor]]:
+        """Order of the samples, and which inputs are withheld: {input: (samples,) bool}."""
+        generator = torch.Generator().manual_seed(_seed(self.config.seed, "order", epoch))
+        order = torch.randperm(len(self.samples), generator=generator).tolist()
+        hidden = {
+            spec.name: torch.rand(len(self.samples), generator=generator) < self.config.input_drop
+            for spec in self.model.task.inputs
+            if spec.optional
+        }
+        return order, hidden
+
+    def _loss(self, chosen: list[int], hidden: dict[str, Tensor]) -> Tensor:
+        config, model = self.config, self.model
+        features, present = self.store.batch(
+            [self.samples[index] for index in chosen],
+            lambda place, name: bool(hidden[name][chosen[place]]),
+        )
+        logits = model.logits(_to(features, self.device), _to(present, self.device))
+        values = torch.from_numpy(self.labels[chosen]).to(self.device)
+        mask = ~values.isnan()
+        if config.loss == "mse":
+            decoder = model.decoder
+            loss = mse(logits, values.float(), mask, decoder.mean, decoder.std)
+        else:
+            bits = encode(values, model.decoder.low, model.decoder.span, config.encoding)
+            gamma = config.gamma if config.loss == "focal" else 0.0
+            loss = focal(logits, bits, mask, gamma, self.bit_weights)
+        if config.or_lambda:
+            overlap = task_orthogonality(model.head.output_weights())
+            loss = loss + config.or_lambda * overlap
+        return loss
+
+    def _close(self, epoch: int, loss: float) -> None:
+        """Validate, and keep the weights if they are the best so far."""
+        journal, state = self.state.journal, self.state
+        mae = self._validate()
+        state.weights = self._weights()
+        state.moments = _moments(self.optimizer)
+        # Without validation labels the last weights are as good as can be told.
+        if mae is None or journal.best_mae is None or mae < journal.best_mae:
+            state.best, journal.best_epoch, journal.best_mae = state.weights, epoch, mae
+        journal.epoch = epoch
+        journal.log = [*journal.log, EpochLog(epoch=epoch, loss=loss, val_mae=mae)]
+        if epoch - journal.best_epoch >= self.config.patience and epoch < self.config.epochs:
+            journal.stopped = f"no better validation error since epoch {journal.best_epoch}"
+
+    def _validate(self) -> float | None:
+        """Return the mean over targets of the validation MAE, or None without labels."""
+        if not self.held.samples:
+            return None
+        true = self.held.labels([target.name for target in self.model.task.targets])
+        error = np.abs(predict(self.model, self.store, self.held.samples) - true)
+        per_target = [column[~np.isnan(column)] for column in error.T]
+        means = [float(column.mean()) for column in per_target if len(column)]
+        return sum(means) / len(means) if means else None
+
+    def _set_lr(self, step: int, steps: int) -> None:
+        factor = 1.0
+        if self.config.schedule == "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * factor
+
+    def _weights(self) -> Tensors:
+        """Copy all that the checkpoint holds beside the backbone."""
+        return {
+            name: value.detach().cpu().clone()
+            for name, value in self.model.state_dict().items()
+            if not name.startswith("backbone.")
+        }
+
+    def _restore(self) -> None:
+        try:
+            lost = self.model.load_state_dict(self.state.weights, strict=False)
+        except RuntimeError as error:
+            raise CheckpointError(f"{self.file}: does not fit its own recipe: {error}") from error
+        if lost.unexpected_keys or any(not k.startswith("backbone.") for k in lost.missing_keys):
+            raise CheckpointError(f"{self.file}: the saved training is damaged. Train again.")
+        # A fresh state_dict supplies the options; only the moments come from the file.
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": self.state.moments})
+
+
+def _build(config: TrainConfig, backbone: VisionTransformer) -> TaskModel:
+    """Return the model to train: its head drawn from the seed, its backbone as loaded."""
+    features = config.features
+    if features.kind == "pyramid" and not features.taps:
+        taps = default_taps(backbone.config.depth)
+        features = msgspec.structs.replace(features, taps=taps)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_seed(config.seed, "head", 0))
+        model = TaskModel(
+            ModelConfig(
+                task=config.task,
+                backbone=backbone.config,
+                image_size=config.image_size,
+                features=features,
+                head=config.head,
+                encoding=config.encoding,
+            )
+        )
+    if config.weights == "float16":
+        # Rounded before features are taken, so that metrics are those of the stored weights.
+        _round_to_half_(backbone)
+    model.backbone = backbone.requires_grad_(False).eval()
+    return model
+
+
+def _round_to_half_(module: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for value in [*module.parameters(), *module.buffers()]:
+            value.copy_(value.half().to(value.dtype))
+
+
+def _trained(model: TaskModel) -> Tensors:
+    return {name: p for name, p in model.named_parameters() if not name.startswith("backbone.")}
+
+
+def _fit_scale_(model: TaskModel, labels: Values) -> None:
+    """Set the decoder's mean and standard deviation from the training labels, in place."""
+    spread = np.nanstd(labels, axis=0)
+    model.decoder.mean.copy_(torch.from_numpy(np.nanmean(labels, axis=0)))
+    model.decoder.std.copy_(torch.from_numpy(np.where(spread > 0, spread, 1.0)))
+
+
+def _check_labels(model: TaskModel, dataset: Dataset) -> None:
+    targets = model.task.targets
+    labels = dataset.split("train").labels([target.name for target in targets])
+    for target, count in zip(targets, (~np.isnan(labels)).sum(axis=0), strict=True):
+        if count < MIN_LABELS:
+            raise DataError(
+                f"{target.output_name} has {count} labels among the training samples, at least "
+                f"{MIN_LABELS} are needed: its output would mean nothing. Label more samples."
+            )
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[int, Tensors]:
+    state = optimizer.state_dict()["state"]
+    return {
+        index: {name: value.detach().cpu().clone() for name, value in moments.items()}
+        for index, moments in state.items()
+    }
+
+
+def _describe(config: TrainConfig, run: _Run) -> CheckpointConfig:
+    """Return the header of the checkpoint; measures the model with its weights as stored."""
+    model, dataset, journal = run.model, run.dataset, run.state.journal
+    if config.weights == "float16":
+        for part in (model.pool, model.head, model.placeholders, model.decoder):
+            _round_to_half_(part)
+    targets = [target.name for target in model.task.targets]
+    reference = dataset.split("train").labels(targets)
+    metrics = {}
+    for name in ("val", "test"):
+        part = dataset.split(name)  # type: ignore[arg-type]
+        if part.samples:
+            predicted = predict(model, run.store, part.samples)
+            metrics[name] = model.task.evaluate(predicted, part.labels(targets), reference)
+    source, synthetic_backbone = _backbone_source(config)
+    synthetic = dataset.synthetic or synthetic_backbone
+    means = zip(targets, np.nanmean(reference, axis=0).tolist(), strict=True)
+    plain = {name: getattr(model.config, name) for name in ModelConfig.__struct_fields__}
+    return CheckpointConfig(
+        **plain,
+        name=config.name or f"{config.task}-{model.config.backbone.name}-{config.image_size[0]}",
+        window_mm=model.task.window_mm,
+        trained_on=f"{_data_source(dataset)}; backbone: {source}",
+        notice=f"{SYNTHETIC_NOTICE} {RESEARCH_NOTICE}" if synthetic else RESEARCH_NOTICE,
+        dataset_fingerprint=dataset.fingerprint,
+        metrics=metrics,
+        training=config.recipe()
+        | {
+            "label_means": dict(means),
+            "label_step": dataset.label_step(),
+            "backbone_digest": run.store.backbone_digest,
+            "best_epoch": journal.best_epoch,
+            "stopped": journal.stopped,
+            "log": {
+                "epoch": [entry.epoch for entry in journal.log],
+                "loss": [_short(entry.loss) for entry in journal.log],
+                "val_mae": [_short(entry.val_mae) for entry in journal.log],
+            },
+        },
+        versions=_versions(),
+    )
+
+
+def _data_source(dataset: Dataset) -> str:
+    counts = ", ".join(
+        f"{name} {len(dataset.split(name).samples)}"  # type: ignore[arg-type]
+        for name in ("train", "val", "test")
+    )
+    subjects = len({sample.subject_id for sample in dataset.samples})
+    return f"{dataset.source}, {len(dataset.samples)} samples of {subjects} subjects ({counts})"
+
+
+def _backbone_source(config: TrainConfig) -> tuple[str, bool]:
+    """Return what the backbone was trained on, in words, and whether that was synthetic."""
+    path = Path(config.backbone)
+    if path.is_file() and not config.backbone_note:
+        try:
+            header = read_config(path)
+        except CheckpointError:
+            return path.name, False
+        # The head's data are not the backbone's: only what follows "backbone: " counts.
+        origin = header.trained_on.rpartition("; backbone: ")[2] or header.backbone.name
+        return origin, SYNTHETIC_NOTICE in header.notice
+    name = config.backbone if config.backbone.partition("@")[0] in VARIANTS else path.name
+    note = f"{name} ({config.backbone_note})" if config.backbone_note else name
+    return note, "synthetic" in config.backbone_note
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("dinoexport", "torch", "numpy", "pillow"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def _line(journal: Journal) -> str:
+    entry = journal.log[-1]
+    words = [f"loss {entry.loss:.4f}"]
+    if entry.val_mae is not None:
+        words.append(f"val MAE {entry.val_mae:.3f} (best {journal.best_mae:.3f})")
+    return ", ".join([*words, journal.stopped] if journal.stopped else words)
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
+
+
+def _dtype(config: TrainConfig) -> torch.dtype:
+    return torch.float16 if config.weights == "float16" else torch.float32
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device 'cuda' is not available here. Use --device cpu.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _forked(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
+
+
+def _to(tensors: Tensors, device: torch.device) -> Tensors:
+    return {name: value.to(device) for name, value in tensors.items()}
+
+
+def _seed(seed: int, purpose: str, epoch: int) -> int:
+    """Return an independent 63-bit seed per purpose and epoch."""
+    digest = hashlib.sha256(f"{seed}|{purpose}|{epoch}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
