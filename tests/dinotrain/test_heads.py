@@ -1,0 +1,92 @@
+"""Heads and pools: shapes, members, and the pyramid against a slow reading of METHODS B6."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dinotrain.backbones.vit import ViTConfig, VisionTransformer, init_weights_
+from dinotrain.errors import UsageError
+from dinotrain.heads.branch import BranchHead, BranchSpec, HeadConfig
+from dinotrain.heads.pool import ClsMeanPool, FeatureConfig, LateralPyramid, build_pool
+
+TINY = ViTConfig(name="tiny", embed_dim=16, depth=4, heads=2, ffn_dim=32, grid=(3, 3))
+BRANCHES = [BranchSpec("mrd", 6, 2), BranchSpec("lf", 9, 1)]
+
+
+@pytest.fixture
+def backbone() -> VisionTransformer:
+    torch.manual_seed(0)
+    return init_weights_(VisionTransformer(TINY)).eval()
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "ensemble"])
+def test_all_kinds_give_one_shape(kind):
+    config = HeadConfig(kind=kind, hidden=5, members=3)
+    head = BranchHead(BRANCHES, 8, config).eval()
+    vectors = {"mrd": torch.randn(4, 6), "lf": torch.randn(4, 9)}
+    assert head(vectors).shape == (4, 3 if kind == "ensemble" else 1, 3, 8)
+
+
+def test_a_linear_head_is_layer_norm_and_a_product():
+    head = BranchHead(BRANCHES, 2, HeadConfig(kind="linear"))
+    vectors = {"mrd": torch.randn(4, 6), "lf": torch.randn(4, 9)}
+    norm, linear = head.members[0]["mrd"]
+    x = vectors["mrd"]
+    mean, var = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)
+    z = (x - mean) / (var + norm.eps).sqrt()
+    wanted = (z @ linear.weight.T + linear.bias).reshape(4, 2, 2)
+    # Two orders of a sum of 6 float32 terms.
+    torch.testing.assert_close(head(vectors)[:, 0, :2], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_members_differ_and_output_weights_are_rows_per_target():
+    head = BranchHead(BRANCHES, 8, HeadConfig(kind="ensemble", hidden=5, members=2))
+    weights = head.output_weights()
+    assert [tuple(w.shape) for w in weights] == [(2, 8, 5), (1, 8, 5)] * 2
+    assert not torch.equal(weights[0], weights[2])
+    assert torch.equal(weights[0][1], head.members[0]["mrd"][-1].weight[8:])
+
+
+def test_an_ensemble_of_one_is_refused():
+    with pytest.raises(UsageError, match="at least 2"):
+        HeadConfig(kind="ensemble", members=1)
+
+
+def test_cls_mean_is_cls_and_the_mean_patch(backbone):
+    images = torch.randn(2, 3, 42, 42)
+    found = ClsMeanPool(TINY).extract(backbone, images)
+    tokens = backbone.norm(
+        backbone.blocks[3](
+            backbone.blocks[2](backbone.blocks[1](backbone.blocks[0](backbone.tokens(images))))
+        )
+    )
+    torch.testing.assert_close(found[:, :16], tokens[:, 0])
+    torch.testing.assert_close(found[:, 16:], tokens[:, 1:].sum(1) / 9)
+
+
+def test_the_pyramid_sums_top_down(backbone):
+    config = FeatureConfig(kind="pyramid", taps=(0, 1, 2, 3), tap_norm="none")
+    torch.manual_seed(1)
+    pool = build_pool(TINY, config, (42, 42))
+    assert isinstance(pool, LateralPyramid)
+    features = pool.extract(backbone, torch.randn(2, 3, 42, 42))
+    assert features.shape == (2, 4, 9, 16)
+    maps = [
+        pool.lateral[i](features[:, i].transpose(1, 2).reshape(2, 16, 3, 3)) for i in range(4)
+    ]
+    # 3×3 patches: strides ¼, ½, 1, 2 give 12, 6, 3 and 2 (the odd last column has its own cell).
+    levels = [pool.up4(maps[0]), pool.up2(maps[1]), maps[2], F.max_pool2d(maps[3], 2, 2, 0, 1, True)]
+    assert [level.shape[-1] for level in levels] == [12, 6, 3, 2]
+    for fine, coarse in ((2, 3), (1, 2), (0, 1)):
+        rows = torch.arange(levels[fine].shape[-1]) // 2
+        levels[fine] = levels[fine] + levels[coarse][..., rows, :][..., rows]
+    wanted = torch.cat(
+        [pool.smooth[i](level).mean(dim=(2, 3)) for i, level in enumerate(levels)], 1
+    )
+    torch.testing.assert_close(pool(features), wanted)
+    assert pool(features).shape == (2, pool.width)
+
+
+def test_a_pyramid_of_three_taps_is_refused():
+    with pytest.raises(UsageError, match="4 taps, 3"):
+        build_pool(TINY, FeatureConfig(kind="pyramid", taps=(0, 1, 2)), (42, 42))
