@@ -8,16 +8,6 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import (
-    Dinov2Config,
-    Dinov2ForImageClassification,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersForImageClassification,
-    Dinov2WithRegistersModel,
-)
-
 from dinotrain.backbones.layouts import detect, library_rule, to_layout, to_ours, variant_name
 from dinotrain.backbones.vit import VARIANTS, VisionTransformer, ViTConfig, swiglu_hidden_dim
 from dinotrain.backbones.weights import (
@@ -27,6 +17,15 @@ from dinotrain.backbones.weights import (
     save_backbone,
 )
 from dinotrain.errors import ShapeError, UsageError, WeightsError
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+    Dinov2WithRegistersModel,
+)
 
 DIM, DEPTH, SIDE = 128, 3, 5
 KINDS = [("gelu", 0), ("gelu", 4), ("swiglu", 0), ("swiglu", 4)]
@@ -264,7 +263,7 @@ def test_data_parallel_prefix_is_dropped(tmp_path):
 
 
 def test_unknown_layout_is_refused():
-    with pytest.raises(UsageError, match="unknown layout 'tim'. Did you mean 'timm'"):
+    with pytest.raises(UsageError, match=r"unknown layout 'tim'\. Did you mean 'timm'"):
         to_layout(tiny_state(), "tim", tiny_config())  # type: ignore[arg-type]
 
 
@@ -673,7 +672,7 @@ def test_position_rule_is_that_of_the_library(tmp_path, layout, registers, rule)
 
 
 def test_unknown_position_rule(tmp_path):
-    with pytest.raises(UsageError, match="unknown position rule 'scaled'. Did you mean 'scale'"):
+    with pytest.raises(UsageError, match=r"unknown position rule 'scaled'\. Did you mean 'scale'"):
         load_backbone(tmp_path / "w.pth", position_rule="scaled")  # type: ignore[arg-type]
 
 
