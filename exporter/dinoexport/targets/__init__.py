@@ -1,1 +1,1 @@
-"""Targets: each lowers the one captured program to a format that phones run."""
+"""Targets: one folder each, with lower, quantize and runtime; one line in the table adds one."""

@@ -4,7 +4,7 @@ Parameter names are those of the published hub checkpoints, so that they load wi
 Source: METHODS A1, A2, A5.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -247,9 +247,15 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor, mask: Tensor | None = None) -> BackboneOutput:
         """(B, 3, H, W) float32, normalised → tokens after the final LayerNorm."""
         x = self.tokens(images, mask)
-        for block in self.blocks:
-            x = block(x)
+        for _, x in self.run_blocks(x):
+            pass
         return self.split(self.norm(x))
+
+    def run_blocks(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(B, T, D) → after each block its number and output, (B, T, D)."""
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            yield index, x
 
     def forward_taps(
         self, images: Tensor, blocks: Sequence[int], norm: TapNorm = "final"
@@ -277,8 +283,7 @@ class VisionTransformer(nn.Module):
             raise UsageError(f"unknown tap norm '{norm}'. Known: none, final, own_ln.")
         x = self.tokens(images)
         found: dict[int, Tensor] = {}
-        for index, block in enumerate(self.blocks):
-            x = block(x)
+        for index, x in self.run_blocks(x):
             if index in blocks:
                 found[index] = self.split(self.norm(x) if norm == "final" else x).patch_tokens
         return self.split(self.norm(x)), [found[block] for block in blocks]

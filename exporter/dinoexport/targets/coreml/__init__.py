@@ -1,1 +1,54 @@
-"""Core ML: lowering, compression, and evaluation of a saved package without a Mac."""
+"""Core ML (iOS, iPadOS, macOS); on Linux its packages are evaluated operation by operation."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import final
+
+from dinoexport.graph.capture import CapturedProgram
+from dinoexport.targets.base import LowerOptions, Runtime, Target
+
+
+@final
+class CoremlTarget(Target):
+    """ML program with RGB image inputs; fp16 computes in half precision except the decoder."""
+
+    name = "coreml"
+    suffix = ".mlpackage"
+    image_input = True
+
+    def lower(
+        self,
+        program: CapturedProgram,
+        path: Path,
+        options: LowerOptions,
+        metadata: Mapping[str, str],
+    ) -> dict[str, str]:
+        """Write a .mlpackage folder."""
+        from dinoexport.targets.coreml.lower import locate_taps, lower
+
+        lower(program, path, options, metadata)
+        return locate_taps(path, program)
+
+    def runtime(
+        self, path: Path, taps: Mapping[str, str] | None = None, *, exact: bool = False
+    ) -> Runtime:
+        """Core ML itself on a Mac for the outputs; the package evaluator for all else."""
+        from dinoexport.targets.coreml.runtime import open_runtime
+
+        return open_runtime(path, taps or {}, exact=exact)
+
+    def read_metadata(self, path: Path) -> dict[str, str]:
+        """Return the user-defined metadata of the package."""
+        from dinoexport.targets.coreml.package import open_package
+
+        return dict(open_package(path).spec.description.metadata.userDefined)
+
+    def count_operations(self, path: Path) -> dict[str, int]:
+        """Count MIL operations, constants left out."""
+        from dinoexport.targets.coreml.evaluator import PackageEvaluator
+
+        return dict(PackageEvaluator(path).counts.most_common())
+
+    def minimum_os(self, options: LowerOptions) -> str:
+        """Return the iOS and macOS versions that the specification asks for."""
+        return f"iOS {options.minimum_ios}, macOS {options.minimum_ios - 3}"

@@ -113,6 +113,15 @@ def pad(op: Operands) -> Tensor:
     return x
 
 
+def crop(op: Operands) -> Tensor:
+    """Take (before, after) elements off the last two axes."""
+    x = op.tensor()
+    for axis, name in ((x.ndim - 2, "crop_height"), (x.ndim - 1, "crop_width")):
+        before, after = op.ints(name) or [0, 0]
+        x = x.narrow(axis, before, x.shape[axis] - before - after)
+    return x
+
+
 def tile(op: Operands) -> Tensor:
     """Repeat along every axis."""
     return op.tensor().repeat(op.ints("reps") or [])
@@ -203,6 +212,7 @@ def pixel_unshuffle(op: Operands) -> Tensor:
 SHAPES: dict[str, Kernel] = {
     "argsort": argsort,
     "concat": concat,
+    "crop": crop,
     "expand_dims": expand_dims,
     "fill": fill,
     "fill_like": fill_like,

@@ -1,0 +1,1 @@
+"""PyTorch in, one ExportedProgram out: preprocessing, backbone, head and decoding in one graph."""

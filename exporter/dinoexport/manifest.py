@@ -1,0 +1,213 @@
+"""What a bundle says of itself: ``manifest.json``, a versioned schema that refuses unknown keys."""
+
+from pathlib import PurePosixPath
+from typing import Any
+
+import msgspec
+
+from dinoexport.errors import BundleError
+from dinotrain.checkpoint import CheckpointConfig
+from dinotrain.tasks.base import Task
+
+SCHEMA_VERSION = 1
+
+
+class _Frozen(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class InputSpec(_Frozen):
+    """One image: ``shape`` as an app passes it, 8-bit RGB of exactly that size."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str
+    description: str
+
+
+class OutputSpec(_Frozen):
+    """One named value with its unit; the same name, order and shape in every target."""
+
+    name: str
+    unit: str
+    shape: tuple[int, ...]
+    dtype: str
+    description: str
+
+
+class Preprocessing(_Frozen):
+    """What the app does before the model, and what the model does itself."""
+
+    window_mm: float
+    orientation: str
+    app: str
+    model: str
+
+
+class FileRecord(_Frozen):
+    """Digest and size of one file of the bundle."""
+
+    sha256: str
+    size_bytes: int
+
+
+class CheckpointRecord(_Frozen):
+    """The checkpoint that a bundle was built from."""
+
+    name: str
+    sha256: str
+    trained_on: str
+    position_rule: str
+
+
+class OutputParity(_Frozen):
+    """One output against the reference, over all samples; ``max_error`` in ``unit``."""
+
+    unit: str
+    max_error: float
+    budget: float
+    sqnr_db: float
+    passed: bool
+
+
+class TapParity(_Frozen):
+    """One tap: SQNR in exact arithmetic with the shipped weights, and as the artifact runs."""
+
+    structure_db: float
+    precision_db: float
+
+
+class Structure(_Frozen):
+    """The structural gate: every tap in exact arithmetic, against torch with the same weights."""
+
+    runtime: str
+    threshold_db: float
+    worst_tap: str
+    worst_db: float
+    passed: bool
+
+
+class Blame(_Frozen):
+    """The first place at which the artifact leaves the reference."""
+
+    gate: str
+    layer: str
+    sqnr_db: float
+    previous_layer: str
+    previous_db: float
+    message: str
+
+
+class ReferenceRecord(_Frozen):
+    """Where the reference came from."""
+
+    device: str
+    versions: dict[str, str]
+    samples: int
+    checkpoint_sha256: str
+
+
+class Verdict(_Frozen):
+    """The result of parity; ``passed`` is true only if every gate passed."""
+
+    passed: bool
+    runtime: str
+    reference: ReferenceRecord
+    outputs: dict[str, OutputParity]
+    structure: Structure
+    taps: dict[str, TapParity]
+    blame: Blame | None = None
+
+
+class Manifest(_Frozen):
+    """Everything that an app or a check needs to know of a bundle."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    task: str
+    target: str
+    precision: str
+    artifact: str
+    minimum_os: str
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[OutputSpec, ...]
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] = ()
+    files: dict[str, FileRecord]
+    checkpoint: CheckpointRecord
+    taps: dict[str, str]
+    tools: dict[str, str]
+    licence: str
+    notice: str
+    parity: Verdict
+
+
+def describe_inputs(task: Task, image_size: tuple[int, int], image_input: bool) -> list[InputSpec]:
+    """Input specifications in the target's natural form (Core ML image, or NHWC uint8)."""
+    height, width = image_size
+    shape = (height, width, 3) if image_input else (1, height, width, 3)
+    layout = "image RGB" if image_input else "NHWC RGB"
+    return [
+        InputSpec(name=i.name, shape=shape, dtype="uint8", layout=layout, description=i.description)
+        for i in task.inputs
+    ]
+
+
+def describe_outputs(task: Task, names: tuple[str, ...]) -> list[OutputSpec]:
+    """Output specifications for the names that a captured program gives."""
+    texts = {t.output_name: (t.unit, t.description) for t in task.targets}
+    texts |= {
+        t.std_name: (t.unit, f"standard deviation between ensemble members of {t.output_name}")
+        for t in task.targets
+    }
+    return [
+        OutputSpec(name=n, unit=texts[n][0], shape=(1,), dtype="float32", description=texts[n][1])
+        for n in names
+    ]
+
+
+def describe_preprocessing(config: CheckpointConfig) -> Preprocessing:
+    """Say what the app must do, and what it must not do again."""
+    height, width = config.image_size
+    return Preprocessing(
+        window_mm=config.window_mm,
+        orientation=config.orientation,
+        app=(
+            f"crop the {config.window_mm:g} mm window, mirror left eyes, resize to {width}×{height} "
+            "pixels (bicubic, antialiased), 8-bit RGB"
+        ),
+        model=f"scales to 0..1 and normalises with mean {config.mean} and std {config.std}",
+    )
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Encode as indented JSON, the same bytes for the same manifest."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def decode_manifest(raw: bytes, where: str) -> Manifest:
+    """Decode and check a manifest from outside.
+
+    Raises:
+        BundleError: not JSON, an unknown key, a wrong type, another version, a path that leaves
+            the bundle.
+    """
+    try:
+        version = msgspec.json.decode(raw, type=dict[str, Any]).get("schema_version")
+    except msgspec.MsgspecError as error:
+        raise BundleError(f"{where}: not a JSON manifest: {error}. Build it again.") from error
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{where}: manifest schema {version}, this version reads {SCHEMA_VERSION}. "
+            "Use the dinoexport that built it, or build again."
+        )
+    try:
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise BundleError(f"{where}: {error}. Build it again.") from error
+    for name in (manifest.artifact, *manifest.files):
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise BundleError(f"{where}: file name '{name}' leaves the bundle. Do not use it.")
+    return manifest

@@ -1,0 +1,89 @@
+"""What a target is: it lowers the captured program, and runs what it wrote."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dinoexport.graph.capture import CapturedProgram
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Outputs and taps of one run, by name; float32 arrays."""
+
+    outputs: dict[str, np.ndarray]
+    taps: dict[str, np.ndarray]
+
+
+class Runtime(ABC):
+    """A loaded artifact."""
+
+    name: str
+    """What ran it, with its version, as reports print it."""
+
+    @abstractmethod
+    def run(self, images: Mapping[str, np.ndarray]) -> RunResult:
+        """{input: (H, W, 3) uint8 RGB} → outputs, and the taps if it was opened with them."""
+
+
+@dataclass(frozen=True)
+class LowerOptions:
+    """What can be chosen per build; a target ignores what does not concern it."""
+
+    precision: str
+    minimum_ios: int = 17
+
+
+class Target(ABC):
+    """One artifact format. Subclasses are final."""
+
+    name: str
+    suffix: str
+    precisions: tuple[str, ...] = ("fp32", "fp16")
+    image_input: bool = False
+    """True where the natural input is an image type rather than an NHWC tensor."""
+
+    @abstractmethod
+    def lower(
+        self,
+        program: CapturedProgram,
+        path: Path,
+        options: LowerOptions,
+        metadata: Mapping[str, str],
+    ) -> dict[str, str]:
+        """Write the artifact, with its metadata inside, and return where its taps are.
+
+        Returns:
+            {tap: name of the value inside the artifact}.
+
+        Raises:
+            BuildError: the converter cannot express the program.
+        """
+
+    @abstractmethod
+    def runtime(
+        self, path: Path, taps: Mapping[str, str] | None = None, *, exact: bool = False
+    ) -> Runtime:
+        """Open an artifact.
+
+        Args:
+            path: the artifact.
+            taps: values to read besides the outputs.
+            exact: compute in float32 with the weights as they are stored, without rounding
+                activations (the structural gate).
+        """
+
+    @abstractmethod
+    def read_metadata(self, path: Path) -> dict[str, str]:
+        """Return the metadata embedded in the artifact."""
+
+    @abstractmethod
+    def count_operations(self, path: Path) -> dict[str, int]:
+        """Return how often each operation occurs, most frequent first."""
+
+    def minimum_os(self, options: LowerOptions) -> str:
+        """Return the oldest system that runs the artifact, as the manifest says it."""
+        return ""

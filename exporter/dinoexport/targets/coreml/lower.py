@@ -1,0 +1,85 @@
+"""Captured program → Core ML package by coremltools' torch.export route."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import coremltools as ct
+import numpy as np
+
+from dinoexport.errors import BuildError
+from dinoexport.graph.capture import CapturedProgram
+from dinoexport.targets.base import LowerOptions
+from dinoexport.targets.coreml.evaluator import PackageEvaluator
+from dinoexport.targets.coreml.package import normalise_package
+from dinoexport.targets.coreml.precision import half_before
+
+_TARGETS = {
+    16: ct.target.iOS16,
+    17: ct.target.iOS17,
+    18: ct.target.iOS18,
+}
+
+
+def lower(
+    program: CapturedProgram, path: Path, options: LowerOptions, metadata: Mapping[str, str]
+) -> None:
+    """Convert and save, with the same bytes for the same program.
+
+    Raises:
+        BuildError: an unknown minimum iOS, or an operation that Core ML cannot express.
+    """
+    if options.minimum_ios not in _TARGETS:
+        raise BuildError(
+            f"coreml: minimum iOS {options.minimum_ios} is not supported; "
+            f"accepted: {', '.join(map(str, _TARGETS))}"
+        )
+    precision = (
+        ct.transform.FP16ComputePrecision(op_selector=half_before(program.decode_nodes))
+        if options.precision == "fp16"
+        else ct.precision.FLOAT32
+    )
+    height, width = program.image_size
+    try:
+        model = ct.convert(
+            program.program,
+            inputs=[
+                ct.ImageType(
+                    name=name, shape=(1, 3, height, width), color_layout=ct.colorlayout.RGB
+                )
+                for name in program.input_names
+            ],
+            outputs=[ct.TensorType(name=name, dtype=np.float32) for name in program.output_names],
+            minimum_deployment_target=_TARGETS[options.minimum_ios],
+            compute_precision=precision,
+            compute_units=ct.ComputeUnit.ALL,
+            skip_model_load=True,
+        )
+    except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        raise BuildError(f"coreml: the converter failed: {reason}") from error
+    model.author = "dinoexport"
+    model.license = metadata.get("licence", "")
+    model.short_description = metadata.get("summary", "")
+    for name, text in _texts(metadata, "input.").items():
+        model.input_description[name] = text
+    for name, text in _texts(metadata, "output.").items():
+        model.output_description[name] = text
+    for key, value in sorted(metadata.items()):
+        model.user_defined_metadata[key] = value
+    model.save(str(path))
+    normalise_package(path)
+
+
+def _texts(metadata: Mapping[str, str], prefix: str) -> dict[str, str]:
+    return {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+
+
+def locate_taps(path: Path, program: CapturedProgram) -> dict[str, str]:
+    """Find each tap's variable in the saved package: the converter keeps node names."""
+    evaluator = PackageEvaluator(path)
+    shapes = {
+        node.name: tuple(node.meta["val"].shape)
+        for node in program.program.graph.nodes
+        if node.name in program.tap_nodes.values()
+    }
+    return {tap: evaluator.locate(node, shapes[node]) for tap, node in program.tap_nodes.items()}

@@ -1,0 +1,120 @@
+"""Half precision for ONNX, and its inverse for the structural gate.
+
+The decoder stays in float32: half precision holds whole numbers only to 2048.
+"""
+
+from collections.abc import Collection
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+
+
+def to_half_precision_(model: ModelProto, float_nodes: Collection[str]) -> None:
+    """Store weights and compute activations in float16, except what produces ``float_nodes``.
+
+    A value that crosses the border is cast; model outputs stay float32.
+
+    Args:
+        model: changed in place.
+        float_nodes: names of values (captured nodes) that stay in float32.
+    """
+    graph = model.graph
+    outputs = {value.name for value in graph.output}
+    kept = _kept_nodes(graph.node, set(float_nodes) | outputs)
+    readers: dict[str, set[bool]] = {}
+    for index, node in enumerate(graph.node):
+        for name in node.input:
+            readers.setdefault(name, set()).add(index in kept)
+
+    for tensor in list(graph.initializer):
+        if tensor.data_type != TensorProto.FLOAT or True not in readers.get(tensor.name, {False}):
+            if tensor.data_type == TensorProto.FLOAT:
+                _convert_tensor_(tensor, np.float16)
+            continue
+        if False in readers[tensor.name]:
+            # Read on both sides of the border: the half-precision side gets its own copy.
+            half = TensorProto()
+            half.CopyFrom(tensor)
+            half.name = f"{tensor.name}_half"
+            _convert_tensor_(half, np.float16)
+            graph.initializer.append(half)
+            for index, node in enumerate(graph.node):
+                if index not in kept:
+                    _rename_input_(node, tensor.name, half.name)
+
+    half_values: set[str] = set()
+    nodes: list[NodeProto] = []
+    casts: dict[str, str] = {}
+    for index, node in enumerate(graph.node):
+        if index not in kept:
+            _retarget_casts_(node, TensorProto.FLOAT, TensorProto.FLOAT16)
+            half_values.update(node.output)
+            nodes.append(node)
+            continue
+        for name in [n for n in node.input if n in half_values]:
+            if name not in casts:
+                casts[name] = f"{name}_float"
+                nodes.append(
+                    onnx.helper.make_node(
+                        "Cast", [name], [casts[name]], f"cast_{name}", to=TensorProto.FLOAT
+                    )
+                )
+            _rename_input_(node, name, casts[name])
+        nodes.append(node)
+    _replace_nodes_(model, nodes)
+
+
+def to_exact_precision_(model: ModelProto) -> None:
+    """Compute a half-precision model in float32 with its weights as they are stored, in place."""
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT16:
+            _convert_tensor_(tensor, np.float32)
+    for node in model.graph.node:
+        _retarget_casts_(node, TensorProto.FLOAT16, TensorProto.FLOAT)
+    _replace_nodes_(model, list(model.graph.node))
+
+
+def _kept_nodes(nodes, names: set[str]) -> set[int]:
+    """Indices of the nodes that produce one of ``names`` or read a kept node's value."""
+    values: set[str] = set(names)
+    kept: set[int] = set()
+    for index, node in enumerate(nodes):
+        if values.intersection(node.output) or values.intersection(node.input):
+            kept.add(index)
+            values.update(node.output)
+    return kept
+
+
+def _convert_tensor_(tensor: TensorProto, dtype: type) -> None:
+    array = numpy_helper.to_array(tensor).astype(dtype)
+    converted = numpy_helper.from_array(array, tensor.name)
+    tensor.CopyFrom(converted)
+
+
+def _rename_input_(node: NodeProto, old: str, new: str) -> None:
+    for index, name in enumerate(node.input):
+        if name == old:
+            node.input[index] = new
+
+
+def _retarget_casts_(node: NodeProto, source: int, target: int) -> None:
+    for attribute in node.attribute:
+        if node.op_type == "Cast" and attribute.name == "to" and attribute.i == source:
+            attribute.i = target
+        if attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type == source:
+            dtype = np.float16 if target == TensorProto.FLOAT16 else np.float32
+            _convert_tensor_(attribute.t, dtype)
+
+
+def _replace_nodes_(model: ModelProto, nodes: list[NodeProto]) -> None:
+    copies = []
+    for node in nodes:
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        copies.append(copy)
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
+    # Stale types; shape inference writes them anew.
+    del model.graph.value_info[:]
+    model.CopyFrom(onnx.shape_inference.infer_shapes(model, strict_mode=True))

@@ -1,0 +1,75 @@
+"""Run an ONNX file in onnxruntime on the CPU; taps are added as outputs of the shipped graph."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from google.protobuf.message import DecodeError
+from onnx import ModelProto
+
+from dinoexport.errors import BundleError
+from dinoexport.targets.base import RunResult, Runtime
+from dinoexport.targets.onnx.quantize import to_exact_precision_
+
+
+def load(path: Path) -> ModelProto:
+    """Read an .onnx file.
+
+    Raises:
+        BundleError: it is missing or cannot be parsed.
+    """
+    try:
+        return onnx.load(path)
+    except (OSError, DecodeError, ValueError) as error:
+        raise BundleError(f"{path}: not a readable ONNX file: {error}. Build it again.") from error
+
+
+class OnnxRuntime(Runtime):
+    """onnxruntime's CPU provider."""
+
+    def __init__(
+        self, path: Path, taps: Mapping[str, str], *, exact: bool, threads: int = 0
+    ) -> None:
+        self.name = f"onnxruntime {onnxruntime.__version__} (CPU)"
+        self._taps = dict(taps)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        source: str | bytes = str(path)
+        if taps or exact:
+            model = load(path)
+            if exact:
+                to_exact_precision_(model)
+                self.name += ", float32 arithmetic on the stored weights"
+            _add_outputs_(model, list(taps.values()), path)
+            source = model.SerializeToString()
+        try:
+            self._session = onnxruntime.InferenceSession(
+                source, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime raises a family of undocumented types
+            reason = str(error).strip().splitlines()[0][:200]
+            raise BundleError(f"{path}: onnxruntime cannot load it: {reason}") from error
+
+    def run(self, images: Mapping[str, np.ndarray]) -> RunResult:
+        """See Runtime.run."""
+        names = [output.name for output in self._session.get_outputs()]
+        feeds = {name: image[np.newaxis] for name, image in images.items()}
+        values = dict(zip(names, self._session.run(names, feeds), strict=True))
+        taps = {tap: np.asarray(values[v], np.float32) for tap, v in self._taps.items()}
+        inner = set(self._taps.values())
+        outputs = {n: np.asarray(v, np.float32) for n, v in values.items() if n not in inner}
+        return RunResult(outputs, taps)
+
+
+def _add_outputs_(model: ModelProto, names: list[str], path: Path) -> None:
+    typed = {value.name: value for value in model.graph.value_info}
+    missing = [name for name in names if name not in typed]
+    if missing:
+        raise BundleError(
+            f"{path}: value {missing[0]}, named in the manifest as a tap, is not in the graph. "
+            "The file is not the one that was built; build it again."
+        )
+    model.graph.output.extend(typed[name] for name in names)

@@ -1,0 +1,30 @@
+"""Target name → implementation, imported when it is asked for: SDKs are heavy."""
+
+from importlib import import_module
+
+from dinotrain.errors import unknown_name
+
+from dinoexport.targets.base import Target
+
+TABLE = {
+    "onnx": "dinoexport.targets.onnx:OnnxTarget",
+    "coreml": "dinoexport.targets.coreml:CoremlTarget",
+    "tflite": "dinoexport.targets.tflite:TfliteTarget",
+}
+
+
+def get_target(name: str) -> Target:
+    """Return the target of a name, or UsageError with the nearest known one."""
+    if name not in TABLE:
+        raise unknown_name("target", name, [*TABLE, "all"])
+    module, cls = TABLE[name].split(":")
+    return getattr(import_module(module), cls)()
+
+
+def expand_targets(name: str) -> list[str]:
+    """``all`` → every target, anything else → itself, checked."""
+    if name == "all":
+        return list(TABLE)
+    if name not in TABLE:
+        raise unknown_name("target", name, [*TABLE, "all"])
+    return [name]

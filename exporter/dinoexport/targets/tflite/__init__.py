@@ -1,0 +1,56 @@
+"""TFLite, run by LiteRT (Android, browser, embedded Linux)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import final
+
+from dinoexport.graph.capture import CapturedProgram
+from dinoexport.targets.base import LowerOptions, Runtime, Target
+
+
+@final
+class TfliteTarget(Target):
+    """Float32 arithmetic; fp16 stores the weights of linear layers and convolutions in half."""
+
+    name = "tflite"
+    suffix = ".tflite"
+
+    def lower(
+        self,
+        program: CapturedProgram,
+        path: Path,
+        options: LowerOptions,
+        metadata: Mapping[str, str],
+    ) -> dict[str, str]:
+        """Write a .tflite file."""
+        from dinoexport.targets.tflite.lower import embed_metadata, locate_taps, lower
+        from dinoexport.targets.tflite.quantize import store_half_precision
+
+        content = lower(program)
+        taps = locate_taps(content, program)
+        # Before quantising: a quantised file keeps weights outside the flatbuffer.
+        content = embed_metadata(content, metadata)
+        if options.precision == "fp16":
+            content = store_half_precision(content)
+        path.write_bytes(content)
+        return taps
+
+    def runtime(
+        self, path: Path, taps: Mapping[str, str] | None = None, *, exact: bool = False
+    ) -> Runtime:
+        """Open the file in LiteRT: XNNPACK kernels, or reference kernels when taps are read."""
+        from dinoexport.targets.tflite.runtime import TfliteRuntime
+
+        return TfliteRuntime(path, taps or {})
+
+    def read_metadata(self, path: Path) -> dict[str, str]:
+        """Return the model's metadata buffers."""
+        from dinoexport.targets.tflite.runtime import read_metadata
+
+        return read_metadata(path)
+
+    def count_operations(self, path: Path) -> dict[str, int]:
+        """Count operators."""
+        from dinoexport.targets.tflite.runtime import TfliteRuntime
+
+        return TfliteRuntime(path, {}).count_operations()

@@ -1,0 +1,114 @@
+"""Captured program → TFLite flatbuffer by litert-torch; where its taps are; its metadata."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import flatbuffers
+import litert_torch
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from torch.export import ExportedProgram
+
+from dinoexport.errors import BuildError
+from dinoexport.graph.capture import CapturedProgram
+from dinoexport.targets.adaptor import NhwcAdaptor
+from dinoexport.targets.tflite.runtime import TfliteRuntime
+
+IDENTIFIER = b"TFL3"
+MAX_BYTES = 2**31 - 2**20
+
+
+def lower(program: CapturedProgram) -> bytes:
+    """Convert the captured program behind a uint8 NHWC adaptor.
+
+    Raises:
+        BuildError: the converter cannot express an operation, or the file passes 2 GB.
+    """
+    return _convert(program, program.program, program.output_names)
+
+
+def _convert(
+    program: CapturedProgram, exported: ExportedProgram, output_names: tuple[str, ...]
+) -> bytes:
+    adaptor = NhwcAdaptor(exported, program.input_names, output_names)
+    with tempfile.TemporaryDirectory(prefix="dinoexport-") as folder:
+        path = Path(folder) / "model.tflite"
+        try:
+            litert_torch.convert(adaptor, sample_kwargs=program.sample_inputs()).export(str(path))
+        except Exception as error:  # the converter raises types of several libraries
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+            raise BuildError(f"tflite: the converter failed: {reason}") from error
+        content = path.read_bytes()
+    if len(content) > MAX_BYTES:
+        raise BuildError(
+            f"tflite: the model has {len(content) / 2**30:.1f} GiB, a flatbuffer holds 2. "
+            "Build with a smaller backbone."
+        )
+    return content
+
+
+def locate_taps(content: bytes, program: CapturedProgram) -> dict[str, str]:
+    """Find each tap's tensor in the file that ships.
+
+    The converter drops node names, so a debug file is converted from the same graph with the taps
+    as outputs. A tap is the k-th result of its operator type there; the k-th one in the shipped
+    file is taken for it if, on a random image, both hold the same bits.
+
+    Raises:
+        BuildError: a tap cannot be found so; or the two files hold other weights.
+    """
+    names = (*program.output_names, *program.tap_nodes)
+    debug_content = _convert(program, program.debug_program, names)
+    if weights_of(content) != weights_of(debug_content):
+        raise BuildError("tflite: the debug file holds other weights than the shipped one")
+    with tempfile.TemporaryDirectory(prefix="dinoexport-") as folder:
+        path, debug_path = Path(folder) / "model.tflite", Path(folder) / "debug.tflite"
+        path.write_bytes(content)
+        debug_path.write_bytes(debug_content)
+        shipped = TfliteRuntime(path, {}, keep_all=True)
+        debug = TfliteRuntime(debug_path, {}, keep_all=True)
+    rng = np.random.default_rng(0)
+    images = {
+        name: rng.integers(0, 256, (*program.image_size, 3), dtype=np.uint8)
+        for name in program.input_names
+    }
+    shipped.run(images)
+    debug_values = debug.run(images).outputs
+    places = {}
+    for tap in program.tap_nodes:
+        kind, ordinal = debug.ordinal_of(debug.output_index(tap))
+        index = shipped.result_of(kind, ordinal)
+        if index is None or not np.array_equal(shipped.tensor(index), debug_values[tap]):
+            raise BuildError(
+                f"tflite: tap {tap} ({kind} number {ordinal}) is not in the shipped file"
+            )
+        places[tap] = shipped.name_of(index)
+    return places
+
+
+def weights_of(content: bytes) -> list[bytes]:
+    """Return all constant buffers of a flatbuffer, sorted: equal for equal weights."""
+    model = schema.Model.GetRootAs(content, 0)
+    buffers = [model.Buffers(i) for i in range(model.BuffersLength())]
+    held = [b.DataAsNumpy().tobytes() for b in buffers if b is not None and b.DataLength()]
+    # Small ones are shapes and versions, which follow the outputs.
+    return sorted(data for data in held if len(data) > 64)
+
+
+def embed_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
+    """Add each pair as a metadata buffer of its own."""
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+    model.metadata = list(model.metadata or [])
+    for key, value in sorted(metadata.items()):
+        buffer = schema.BufferT()
+        buffer.data = np.frombuffer(value.encode(), dtype=np.uint8)
+        entry = schema.MetadataT()
+        entry.name = key
+        entry.buffer = len(model.buffers)
+        model.buffers.append(buffer)
+        model.metadata.append(entry)
+    model.description = f"dinoexport {metadata.get('name', '')}".strip()
+    builder = flatbuffers.Builder(len(content) + 2**16)
+    builder.Finish(model.Pack(builder), file_identifier=IDENTIFIER)
+    return bytes(builder.Output())

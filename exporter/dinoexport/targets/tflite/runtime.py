@@ -1,0 +1,147 @@
+"""Run a TFLite file in LiteRT's interpreter on the CPU."""
+
+import mmap
+from collections import Counter
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+from dinoexport.errors import BundleError
+from dinoexport.targets.base import RunResult, Runtime
+
+
+class TfliteRuntime(Runtime):
+    """LiteRT's interpreter.
+
+    Args:
+        path: the artifact.
+        taps: {tap: tensor name}. With taps every operation runs in its reference kernel, since a
+            delegate does not give its inner tensors.
+        keep_all: keep every tensor even without taps.
+        threads: of the XNNPACK delegate.
+    """
+
+    def __init__(
+        self, path: Path, taps: Mapping[str, str], *, keep_all: bool = False, threads: int = 2
+    ) -> None:
+        inner = bool(taps) or keep_all
+        kernels = "reference kernels" if inner else "XNNPACK"
+        self.name = f"ai-edge-litert {version('ai-edge-litert')} (CPU, {kernels})"
+        try:
+            self._interpreter = Interpreter(
+                model_content=path.read_bytes(),
+                num_threads=threads,
+                experimental_preserve_all_tensors=inner,
+                experimental_op_resolver_type=(
+                    OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+                    if inner
+                    else OpResolverType.AUTO
+                ),
+            )
+            self._interpreter.allocate_tensors()
+            self._runner = self._interpreter.get_signature_runner()
+        except (ValueError, RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise BundleError(
+                f"{path}: LiteRT cannot load it: {reason}. Build it again."
+            ) from error
+        names = {d["name"]: d["index"] for d in self._interpreter.get_tensor_details()}
+        missing = [name for name in taps.values() if name not in names]
+        if missing:
+            raise BundleError(
+                f"{path}: tensor {missing[0]}, named in the manifest as a tap, is not in the file. "
+                "It is not the one that was built; build it again."
+            )
+        self._taps = {tap: names[name] for tap, name in taps.items()}
+
+    def run(self, images: Mapping[str, np.ndarray]) -> RunResult:
+        """See Runtime.run."""
+        outputs = self._runner(**{name: image[np.newaxis] for name, image in images.items()})
+        taps = {
+            tap: np.array(self._interpreter.get_tensor(index), np.float32)
+            for tap, index in self._taps.items()
+        }
+        return RunResult({n: np.array(v, np.float32) for n, v in outputs.items()}, taps)
+
+    def count_operations(self) -> dict[str, int]:
+        """Operators by type, without the delegate's own."""
+        kinds = Counter(kind for kind, _ in self._results() if kind != "DELEGATE")
+        return dict(kinds.most_common())
+
+    def output_index(self, name: str) -> int:
+        """Tensor index of a signature output."""
+        return self._runner.get_output_details()[name]["index"]
+
+    def tensor(self, index: int) -> np.ndarray:
+        """Value of a tensor after a run with ``keep_all``."""
+        return np.array(self._interpreter.get_tensor(index))
+
+    def name_of(self, index: int) -> str:
+        """Name of a tensor, which stays the same when the file is quantised.
+
+        Raises:
+            BundleError: two tensors share the name.
+        """
+        details = self._interpreter.get_tensor_details()
+        name = next(d["name"] for d in details if d["index"] == index)
+        if sum(d["name"] == name for d in details) != 1:
+            raise BundleError(f"tflite: tensor name {name} is not unique, so it locates no tap")
+        return name
+
+    def ordinal_of(self, index: int) -> tuple[str, int]:
+        """Operator type that gives a tensor, and which of its type it is in order."""
+        seen: Counter[str] = Counter()
+        for kind, results in self._results():
+            if index in results:
+                return kind, seen[kind]
+            seen[kind] += 1
+        raise BundleError(f"tflite: tensor {index} is no operator's result")
+
+    def result_of(self, kind: str, ordinal: int) -> int | None:
+        """Tensor index of the first result of the ``ordinal``-th operator of a type."""
+        found = [results for k, results in self._results() if k == kind]
+        return int(found[ordinal][0]) if ordinal < len(found) else None
+
+    def _results(self) -> list[tuple[str, list[int]]]:
+        return [
+            (op["op_name"], [int(i) for i in op["outputs"]])
+            for op in self._interpreter._get_ops_details()
+        ]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata pairs of a file.
+
+    Raises:
+        BundleError: it is missing or no flatbuffer.
+    """
+    try:
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            model = schema.Model.GetRootAs(content, 0)
+            found = {}
+            for i in range(model.MetadataLength()):
+                entry = model.Metadata(i)
+                if entry is None or entry.Name() is None:
+                    continue
+                buffer = model.Buffers(entry.Buffer())
+                data = _buffer_bytes(content, buffer)
+                found[entry.Name().decode()] = data.decode(errors="replace")
+            return found
+    except Exception as error:  # a damaged flatbuffer fails in any access
+        raise BundleError(
+            f"{path}: not a readable TFLite file: {error}. Build it again."
+        ) from error
+
+
+def _buffer_bytes(content: mmap.mmap, buffer) -> bytes:
+    # A quantised file keeps buffers behind the flatbuffer, by offset.
+    if buffer.DataLength():
+        return buffer.DataAsNumpy().tobytes()
+    return bytes(content[buffer.Offset() : buffer.Offset() + buffer.Size()])

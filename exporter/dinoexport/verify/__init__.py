@@ -1,0 +1,1 @@
+"""Verify: the reference, the comparison with it, and the first layer that leaves it."""

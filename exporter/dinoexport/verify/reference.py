@@ -1,0 +1,304 @@
+"""The reference: what the trained PyTorch model gives in float32, on a GPU where there is one.
+
+It is a file: inputs, outputs and a sketch of every tap (some of its elements, always the same), so
+that a reference made on one machine checks builds on another, and a bundle carries its own.
+"""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor
+
+from dinoexport.errors import ParityError
+from dinoexport.graph.deploy_model import DeployModel, round_weights_
+from dinoexport.verify.metrics import max_error, sqnr_db
+from dinoexport.verify.samples import parity_samples
+from dinotrain.model import TaskModel
+
+FORMAT_VERSION = 1
+SKETCH_SIZE = 1024
+PREFIX_SKETCH_SIZE = 256
+DEPLOY_BUDGET = 1e-4
+"""Largest error of the deploy graph against the training model, in the unit of the outputs."""
+ROUNDED_PRECISIONS = ("fp16",)
+
+
+class ReferenceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Header of a reference file."""
+
+    format_version: int = FORMAT_VERSION
+    checkpoint_sha256: str
+    task: str
+    image_size: tuple[int, int]
+    device: str
+    versions: dict[str, str]
+    rounded: tuple[str, ...] = ROUNDED_PRECISIONS
+
+
+@dataclass(frozen=True)
+class Values:
+    """Outputs (samples,) and tap sketches (samples, K) by name, float32."""
+
+    outputs: dict[str, np.ndarray]
+    taps: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Inputs (samples, H, W, 3) uint8, what the model gives, and with which weights."""
+
+    info: ReferenceInfo
+    inputs: dict[str, np.ndarray]
+    exact: Values
+    rounded: dict[str, Values]
+    positions: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return len(next(iter(self.inputs.values())))
+
+    def sample(self, index: int) -> dict[str, np.ndarray]:
+        """Inputs of one sample, {input: (H, W, 3) uint8}."""
+        return {name: images[index] for name, images in self.inputs.items()}
+
+    def structural(self, precision: str) -> Values:
+        """Values of the model whose weights are rounded to a precision."""
+        return self.rounded.get(precision, self.exact)
+
+    def sketch(self, taps: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Take the recorded elements of each tap, flat."""
+        return {
+            name: np.asarray(value, np.float32).reshape(-1)[self.positions[name]]
+            for name, value in taps.items()
+        }
+
+
+def pick_device() -> torch.device:
+    """Return the first CUDA device, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_reference(
+    model: TaskModel, checkpoint_sha256: str, device: torch.device | None = None
+) -> Reference:
+    """Run the trained model on the parity samples.
+
+    The weights-rounded references come from the deploy graph in eager mode, which is first shown
+    to equal the training model.
+
+    Args:
+        model: trained, eval mode, float32.
+        checkpoint_sha256: recorded; a reference only checks builds of the same file.
+        device: default ``pick_device()``.
+
+    Raises:
+        ParityError: the deploy graph leaves the training model.
+    """
+    device = device or pick_device()
+    samples = parity_samples(model.task, model.config.image_size)
+    names = [i.name for i in model.task.inputs]
+    inputs = {name: np.stack([sample[name] for sample in samples]) for name in names}
+    with _exact_arithmetic():
+        model = model.to(device)
+        deploy = DeployModel(model).to(device)
+        positions = _positions(deploy, device)
+        exact = _run_all(lambda pixels: _run_training(model, pixels), inputs, positions, device)
+        unrounded = _run_all(deploy.run, inputs, positions, device)
+        _check_deploy(exact, unrounded)
+        rounded = {}
+        for precision in ROUNDED_PRECISIONS:
+            copy = round_weights_(DeployModel(model).to(device), precision)
+            rounded[precision] = _run_all(copy.run, inputs, positions, device)
+    model.to("cpu")
+    info = ReferenceInfo(
+        checkpoint_sha256=checkpoint_sha256,
+        task=model.config.task,
+        image_size=model.config.image_size,
+        device=_describe(device),
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **({"cuda": torch.version.cuda or ""} if device.type == "cuda" else {}),
+        },
+    )
+    return Reference(info, inputs, exact, rounded, positions)
+
+
+class _exact_arithmetic:  # noqa: N801 (a context manager)
+    """float32 as float32: TF32 off, and deterministic kernels where there is a choice."""
+
+    def __enter__(self) -> None:
+        self._flags = (
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.allow_tf32,
+        )
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        self._grad = torch.no_grad()
+        self._grad.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._grad.__exit__(*error)
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self._flags
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} (float32, TF32 off)"
+    return "CPU (float32); no GPU was used"
+
+
+def _run_training(
+    model: TaskModel, pixels: tuple[Tensor, ...]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs of the training model, and its taps computed along the same blocks."""
+    outputs = model(dict(zip([i.name for i in model.task.inputs], pixels, strict=True)))
+    stacked = torch.cat(pixels)
+    backbone = model.backbone
+    x = backbone.tokens(model.normalise(stacked))
+    taps = {"tokens": x}
+    for index in range(model.pool.last_block(backbone.config.depth) + 1):
+        block = backbone.blocks[index]
+        x = block.attend(x)
+        taps[f"blocks.{index}.attn"] = x
+        x = block.feed(x)
+        taps[f"blocks.{index}.mlp"] = x
+    taps["features"] = model.pool(model.extract(stacked))
+    return outputs, taps
+
+
+def _run_all(run, inputs: dict[str, np.ndarray], positions, device: torch.device) -> Values:
+    outputs: dict[str, list[np.ndarray]] = {}
+    taps: dict[str, list[np.ndarray]] = {}
+    for index in range(len(next(iter(inputs.values())))):
+        pixels = tuple(
+            torch.from_numpy(images[index]).to(device).permute(2, 0, 1)[None].float()
+            for images in inputs.values()
+        )
+        got, inner = run(pixels)
+        for name, value in got.items():
+            outputs.setdefault(name, []).append(value.reshape(()).cpu().numpy())
+        for name, value in inner.items():
+            flat = value.reshape(-1).cpu().numpy()
+            taps.setdefault(name, []).append(flat[positions[name]])
+    return Values(
+        {name: np.stack(values).astype(np.float32) for name, values in outputs.items()},
+        {name: np.stack(values).astype(np.float32) for name, values in taps.items()},
+    )
+
+
+def _positions(deploy: DeployModel, device: torch.device) -> dict[str, np.ndarray]:
+    """Which elements of each flat tap are kept: some of all tokens, and some of the prefix."""
+    image = torch.zeros(1, 3, *deploy.image_size, device=device)
+    _, taps = deploy.run(tuple(image for _ in deploy.input_names))
+    prefix = deploy.backbone.prefix.shape[1]
+    rng = np.random.Generator(np.random.PCG64(7))
+    positions = {}
+    for name, value in taps.items():
+        flat = np.arange(value.numel()).reshape(value.shape)
+        chosen = [rng.choice(flat.reshape(-1), min(SKETCH_SIZE, flat.size), replace=False)]
+        if flat.ndim == 3:
+            # CLS and registers are few among the tokens, and a fault may sit in them alone.
+            first = flat[:, :prefix].reshape(-1)
+            chosen.append(rng.choice(first, min(PREFIX_SKETCH_SIZE, first.size), replace=False))
+        positions[name] = np.unique(np.concatenate(chosen)).astype(np.int32)
+    return positions
+
+
+def _check_deploy(training: Values, deploy: Values) -> None:
+    for name, value in training.outputs.items():
+        error = max_error(value, deploy.outputs[name])
+        if error > DEPLOY_BUDGET:
+            raise ParityError(
+                f"the deploy graph's {name} leaves the training model by {error:.2g}, "
+                f"budget {DEPLOY_BUDGET:g}. This is a fault of dinoexport; please report it."
+            )
+    for name, value in training.taps.items():
+        if sqnr_db(value, deploy.taps[name]) < 100:
+            raise ParityError(
+                f"the deploy graph leaves the training model at {name}. "
+                "This is a fault of dinoexport; please report it."
+            )
+
+
+def encode_reference(reference: Reference) -> bytes:
+    """Encode as a safetensors file."""
+    tensors = {f"input.{n}": v for n, v in reference.inputs.items()}
+    tensors |= {f"positions.{n}": v for n, v in reference.positions.items()}
+    for kind, values in {"exact": reference.exact, **reference.rounded}.items():
+        tensors |= {f"{kind}.output.{n}": v for n, v in values.outputs.items()}
+        tensors |= {f"{kind}.tap.{n}": v for n, v in values.taps.items()}
+    tensors = {name: np.ascontiguousarray(value) for name, value in sorted(tensors.items())}
+    return save(tensors, metadata={"reference": msgspec.json.encode(reference.info).decode()})
+
+
+def load_reference(path: Path) -> Reference:
+    """Read a reference file from outside.
+
+    Raises:
+        ParityError: it is missing, corrupt, of another version, or its parts do not fit together.
+    """
+    if not path.is_file():
+        raise ParityError(f"{path}: no such reference. Make one with `dinoexport reference`.")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            raw = (file.metadata() or {}).get("reference", "")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        info = msgspec.json.decode(raw, type=ReferenceInfo)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ParityError(
+            f"{path}: not a reference file: {error}. Make one with `dinoexport reference`."
+        ) from error
+    if info.format_version != FORMAT_VERSION:
+        raise ParityError(
+            f"{path}: reference format {info.format_version}, this version reads "
+            f"{FORMAT_VERSION}. Make it again with `dinoexport reference`."
+        )
+    reference = Reference(
+        info,
+        _part(tensors, "input."),
+        Values(_part(tensors, "exact.output."), _part(tensors, "exact.tap.")),
+        {
+            p: Values(_part(tensors, f"{p}.output."), _part(tensors, f"{p}.tap."))
+            for p in info.rounded
+        },
+        _part(tensors, "positions."),
+    )
+    _check_shapes(reference, path)
+    return reference
+
+
+def _part(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+
+
+def _check_shapes(reference: Reference, path: Path) -> None:
+    broken = ParityError(
+        f"{path}: the parts of the reference do not fit together. "
+        "Make it again with `dinoexport reference`."
+    )
+    shape = (*reference.info.image_size, 3)
+    if not reference.inputs or not reference.exact.outputs or not reference.exact.taps:
+        raise broken
+    count = reference.samples
+    for images in reference.inputs.values():
+        if images.dtype != np.uint8 or images.shape != (count, *shape):
+            raise broken
+    for values in (reference.exact, *reference.rounded.values()):
+        if values.outputs.keys() != reference.exact.outputs.keys():
+            raise broken
+        if any(v.shape != (count,) for v in values.outputs.values()):
+            raise broken
+        for name, tap in values.taps.items():
+            if name not in reference.positions:
+                raise broken
+            if tap.shape != (count, len(reference.positions[name])):
+                raise broken
