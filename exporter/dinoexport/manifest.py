@@ -16,7 +16,7 @@ class _Frozen(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     pass
 
 
-class InputSpec(_Frozen):
+class InputSpec(_Frozen, kw_only=True):
     """One image: ``shape`` as an app passes it, 8-bit RGB of exactly that size."""
 
     name: str
@@ -26,7 +26,7 @@ class InputSpec(_Frozen):
     description: str
 
 
-class OutputSpec(_Frozen):
+class OutputSpec(_Frozen, kw_only=True):
     """One named value with its unit; the same name, order and shape in every target."""
 
     name: str
@@ -36,7 +36,7 @@ class OutputSpec(_Frozen):
     description: str
 
 
-class Preprocessing(_Frozen):
+class Preprocessing(_Frozen, kw_only=True):
     """What the app does before the model, and what the model does itself."""
 
     window_mm: float
@@ -45,14 +45,14 @@ class Preprocessing(_Frozen):
     model: str
 
 
-class FileRecord(_Frozen):
+class FileRecord(_Frozen, kw_only=True):
     """Digest and size of one file of the bundle."""
 
     sha256: str
     size_bytes: int
 
 
-class CheckpointRecord(_Frozen):
+class CheckpointRecord(_Frozen, kw_only=True):
     """The checkpoint that a bundle was built from."""
 
     name: str
@@ -61,7 +61,7 @@ class CheckpointRecord(_Frozen):
     position_rule: str
 
 
-class OutputParity(_Frozen):
+class OutputParity(_Frozen, kw_only=True):
     """One output against the reference, over all samples; ``max_error`` in ``unit``."""
 
     unit: str
@@ -71,14 +71,14 @@ class OutputParity(_Frozen):
     passed: bool
 
 
-class TapParity(_Frozen):
+class TapParity(_Frozen, kw_only=True):
     """One tap: SQNR in exact arithmetic with the shipped weights, and as the artifact runs."""
 
     structure_db: float
     precision_db: float
 
 
-class Structure(_Frozen):
+class Structure(_Frozen, kw_only=True):
     """The structural gate: every tap in exact arithmetic, against torch with the same weights."""
 
     runtime: str
@@ -88,7 +88,7 @@ class Structure(_Frozen):
     passed: bool
 
 
-class Blame(_Frozen):
+class Blame(_Frozen, kw_only=True):
     """The first place at which the artifact leaves the reference."""
 
     gate: str
@@ -99,7 +99,7 @@ class Blame(_Frozen):
     message: str
 
 
-class ReferenceRecord(_Frozen):
+class ReferenceRecord(_Frozen, kw_only=True):
     """Where the reference came from."""
 
     device: str
@@ -108,7 +108,7 @@ class ReferenceRecord(_Frozen):
     checkpoint_sha256: str
 
 
-class Verdict(_Frozen):
+class Verdict(_Frozen, kw_only=True):
     """The result of parity; ``passed`` is true only if every gate passed."""
 
     passed: bool
@@ -120,7 +120,7 @@ class Verdict(_Frozen):
     blame: Blame | None = None
 
 
-class Manifest(_Frozen):
+class Manifest(_Frozen, kw_only=True):
     """Everything that an app or a check needs to know of a bundle."""
 
     schema_version: int = SCHEMA_VERSION

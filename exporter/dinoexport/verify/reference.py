@@ -125,7 +125,7 @@ def make_reference(
         device=_describe(device),
         versions={
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             **({"cuda": torch.version.cuda or ""} if device.type == "cuda" else {}),
         },
     )

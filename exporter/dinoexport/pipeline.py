@@ -1,0 +1,386 @@
+"""The main job, all stages on one screen: checkpoint → program → artifact → verdict → bundle."""
+
+import gc
+import os
+import shutil
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import msgspec
+
+from dinoexport.bundle import (
+    REFERENCE,
+    REPORT,
+    Bundle,
+    artifact_size,
+    check_files,
+    lock_output,
+    open_bundle,
+    record_files,
+    staged,
+    write_manifest,
+)
+from dinoexport.console import Reporter, quiet
+from dinoexport.embedded import embedded_checkpoint
+from dinoexport.errors import BuildError, ParityError
+from dinoexport.graph.capture import CapturedProgram, capture
+from dinoexport.manifest import (
+    CheckpointRecord,
+    Manifest,
+    Verdict,
+    describe_inputs,
+    describe_outputs,
+    describe_preprocessing,
+)
+from dinoexport.report import render_report
+from dinoexport.targets.base import LowerOptions, Target
+from dinoexport.targets.table import expand_targets, get_target
+from dinoexport.verify.parity import verify_artifact
+from dinoexport.verify.reference import (
+    Reference,
+    encode_reference,
+    load_reference,
+    make_reference,
+)
+from dinotrain.checkpoint import CheckpointConfig, digest, load_checkpoint, read_config
+from dinotrain.errors import CheckpointError, DinoError, UsageError, unknown_name
+from dinotrain.model import TaskModel
+from dinotrain.tasks import get_task
+
+LOG = "build.log"
+_TOOLS = (
+    "dinoexport",
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "coremltools",
+    "litert-torch",
+    "ai-edge-litert",
+    "ai-edge-quantizer",
+)
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """One ``build`` command."""
+
+    task: str
+    target: str
+    out: Path
+    checkpoint: Path | None = None
+    precision: str = "fp16"
+    image_size: tuple[int, int] | None = None
+    minimum_ios: int = 17
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What a request comes to, checked; what ``--dry-run`` prints."""
+
+    request: BuildRequest
+    checkpoint: Path
+    config: CheckpointConfig
+    name: str
+    targets: tuple[str, ...]
+
+    def bundle_name(self, target: str) -> str:
+        """Name of one target's bundle folder."""
+        return f"{self.name}-{target}"
+
+
+@dataclass(frozen=True)
+class BuiltBundle:
+    """One bundle with its verdict."""
+
+    target: str
+    precision: str
+    path: Path
+    size_bytes: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """All bundles of a request."""
+
+    bundles: tuple[BuiltBundle, ...] = field(default_factory=tuple)
+
+    @property
+    def passed(self) -> bool:
+        """True if there are bundles and every verdict is a pass."""
+        return bool(self.bundles) and all(b.verdict.passed for b in self.bundles)
+
+
+def plan_build(request: BuildRequest) -> BuildPlan:
+    """Check a request against its checkpoint, reading only the header.
+
+    Raises:
+        UsageError: an unknown task, target or precision.
+        CheckpointError: no such checkpoint, or it was trained for another task or size.
+    """
+    get_task(request.task)
+    targets = expand_targets(request.target)
+    for name in targets:
+        if request.precision not in get_target(name).precisions:
+            raise unknown_name("precision", request.precision, get_target(name).precisions)
+    path = request.checkpoint or embedded_checkpoint(request.task)
+    config = read_config(path)
+    if config.task != request.task:
+        raise CheckpointError(
+            f"{path.name} was trained for task {config.task}, not {request.task}. "
+            f"Use --task {config.task}."
+        )
+    config = _resize(config, request.image_size, path)
+    size = "x".join(map(str, dict.fromkeys(config.image_size)))
+    name = f"{config.task}-{_short(config.backbone.name)}-{size}-{request.precision}"
+    return BuildPlan(request, path, config, name, tuple(targets))
+
+
+def _short(backbone: str) -> str:
+    return backbone.removeprefix("dinov2_").replace("/", "_")
+
+
+def _resize(
+    config: CheckpointConfig, size: tuple[int, int] | None, path: Path
+) -> CheckpointConfig:
+    if size is None or size == config.image_size:
+        return config
+    patch = config.backbone.patch_size
+    if any(side < patch or side % patch for side in size):
+        bad = next(side for side in size if side < patch or side % patch)
+        below = max(bad // patch, 1) * patch
+        raise CheckpointError(
+            f"{path.name} was trained for image size {config.image_size[0]}, and --image-size "
+            f"{bad} is not a multiple of the patch size {patch}. "
+            f"Use {below} or {below + patch}."
+        )
+    if max(size) > 1036:
+        raise CheckpointError(
+            f"--image-size {max(size)} is over 1036, twice what DINOv2 was trained at. "
+            "Use a smaller multiple of 14."
+        )
+    return msgspec.structs.replace(config, image_size=size)
+
+
+def load_model(plan: BuildPlan) -> TaskModel:
+    """Load the checkpoint's weights at the size that is built."""
+    model, trained = load_checkpoint(plan.checkpoint)
+    if trained.image_size == plan.config.image_size:
+        return model
+    resized = TaskModel(plan.config)
+    resized.load_state_dict(model.state_dict())
+    return resized.eval().requires_grad_(False)
+
+
+def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
+    """Build, verify and put in place one bundle per target.
+
+    Raises:
+        DinoError: see the stages; the bundle that stood there before is unchanged.
+    """
+    plan = plan_build(request)
+    if plan.config.notice:
+        reporter.say(plan.config.notice)
+    with lock_output(request.out):
+        log = request.out / LOG
+        with reporter.step(f"load {plan.checkpoint.name}"):
+            model = load_model(plan)
+            sha256 = digest(plan.checkpoint)
+        _check_space(model, request.out)
+        with reporter.step("reference (PyTorch float32)"):
+            reference = make_reference(model, sha256)
+        with reporter.step(f"capture at {request.precision}"), quiet(log):
+            program = capture(model, request.precision)
+        return BuildResult(
+            tuple(
+                _build_one(plan, get_target(name), program, reference, reporter, log)
+                for name in plan.targets
+            )
+        )
+
+
+def _build_one(
+    plan: BuildPlan,
+    target: Target,
+    program: CapturedProgram,
+    reference: Reference,
+    reporter: Reporter,
+    log: Path,
+) -> BuiltBundle:
+    options = LowerOptions(plan.request.precision, plan.request.minimum_ios)
+    task = get_task(plan.config.task)
+    bundle_name = plan.bundle_name(target.name)
+    with staged(plan.request.out, bundle_name) as folder:
+        artifact = folder / f"{plan.name}{target.suffix}"
+        metadata = embedded_metadata(plan, program, reference.info.checkpoint_sha256)
+        with reporter.step(f"lower to {target.name}"), quiet(log), _stage(target.name, log):
+            taps = target.lower(program, artifact, options, metadata)
+        gc.collect()
+        with reporter.step(f"verify {target.name}") as step, quiet(log):
+            verdict = verify_artifact(
+                target, artifact, taps, options.precision, reference, task, step.update
+            )
+        (folder / REFERENCE).write_bytes(encode_reference(reference))
+        manifest = Manifest(
+            name=plan.name,
+            task=task.name,
+            target=target.name,
+            precision=options.precision,
+            artifact=artifact.name,
+            minimum_os=target.minimum_os(options),
+            inputs=tuple(describe_inputs(task, plan.config.image_size, target.image_input)),
+            outputs=tuple(describe_outputs(task, program.output_names)),
+            preprocessing=describe_preprocessing(plan.config),
+            files={},
+            checkpoint=CheckpointRecord(
+                name=plan.checkpoint.name,
+                sha256=reference.info.checkpoint_sha256,
+                trained_on=plan.config.trained_on,
+                position_rule=plan.config.backbone.position_rule,
+            ),
+            taps=taps,
+            tools=tool_versions(),
+            licence=plan.config.licence,
+            notice=plan.config.notice,
+            parity=verdict,
+        )
+        (folder / REPORT).write_text(render_report(manifest), encoding="utf-8")
+        manifest = msgspec.structs.replace(manifest, files=record_files(folder))
+        write_manifest(folder, manifest)
+    return BuiltBundle(
+        target.name,
+        options.precision,
+        plan.request.out / bundle_name,
+        artifact_size(manifest),
+        verdict,
+    )
+
+
+class _stage:  # noqa: N801 (a context manager)
+    """Turn what a converter raises into one line that names the stage and the log."""
+
+    def __init__(self, name: str, log: Path) -> None:
+        self._name = name
+        self._log = log
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, DinoError | OSError):
+            return
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        raise BuildError(
+            f"{self._name}: lowering failed: {reason}. The log has more: {self._log}"
+        ) from error
+
+
+def embedded_metadata(plan: BuildPlan, program: CapturedProgram, sha256: str) -> dict[str, str]:
+    """The facts of the manifest that travel inside the model file itself, as text."""
+    task = get_task(plan.config.task)
+    outputs = describe_outputs(task, program.output_names)
+    preprocessing = describe_preprocessing(plan.config)
+    facts = {
+        "name": plan.name,
+        "task": task.name,
+        "summary": task.summary,
+        "precision": plan.request.precision,
+        "licence": plan.config.licence,
+        "notice": plan.config.notice,
+        "trained_on": plan.config.trained_on,
+        "checkpoint": plan.checkpoint.name,
+        "checkpoint_sha256": sha256,
+        "outputs": msgspec.json.encode(outputs).decode(),
+        "preprocessing": msgspec.json.encode(preprocessing).decode(),
+        "tools": msgspec.json.encode(tool_versions()).decode(),
+    }
+    facts |= {f"input.{i.name}": i.description for i in task.inputs}
+    facts |= {f"output.{o.name}": f"{o.description} ({o.unit})" for o in outputs}
+    return facts
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of the tools that shape an artifact."""
+    found = {}
+    for name in _TOOLS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _check_space(model: TaskModel, out: Path) -> None:
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    needed = 3 * weights + 32 * 2**20
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise BuildError(
+            f"{out}: {free / 2**20:.0f} MiB free, a build needs about {needed / 2**20:.0f}. "
+            "Free some space or give another --out."
+        )
+
+
+def verify_bundle(path: Path, reference_file: Path | None, reporter: Reporter) -> Verdict:
+    """Repeat the verdict of a bundle, against its own reference or another one.
+
+    Raises:
+        BundleError: the bundle is not what was built.
+        ParityError: the reference is of another checkpoint, or cannot be compared.
+    """
+    bundle = open_bundle(path)
+    check_files(bundle)
+    manifest = bundle.manifest
+    reference = load_reference(reference_file or bundle.reference)
+    _check_reference(reference, bundle, reference_file)
+    target = get_target(manifest.target)
+    log = Path(os.devnull)
+    with reporter.step(f"verify {manifest.artifact}") as step, quiet(log):
+        return verify_artifact(
+            target,
+            bundle.artifact,
+            manifest.taps,
+            manifest.precision,
+            reference,
+            get_task(manifest.task),
+            step.update,
+        )
+
+
+def _check_reference(reference: Reference, bundle: Bundle, file: Path | None) -> None:
+    manifest = bundle.manifest
+    where = file or bundle.reference
+    if reference.info.checkpoint_sha256 != manifest.checkpoint.sha256:
+        raise ParityError(
+            f"{where} was made from checkpoint {reference.info.checkpoint_sha256[:12]}, the bundle "
+            f"was built from {manifest.checkpoint.sha256[:12]} ({manifest.checkpoint.name}). "
+            "Make the reference from that one."
+        )
+    size = manifest.inputs[0].shape[:2] if len(manifest.inputs[0].shape) == 3 else (
+        manifest.inputs[0].shape[1:3]
+    )
+    if tuple(size) != reference.info.image_size:
+        raise ParityError(
+            f"{where} was made at {reference.info.image_size}, the bundle reads {tuple(size)}. "
+            "Give `dinoexport reference` the same --image-size."
+        )
+
+
+def write_reference(plan: BuildPlan, out: Path, reporter: Reporter) -> Reference:
+    """Make a reference file for a checkpoint on this machine's best device."""
+    with reporter.step(f"load {plan.checkpoint.name}"):
+        model = load_model(plan)
+    with reporter.step("reference (PyTorch float32)"):
+        reference = make_reference(model, digest(plan.checkpoint))
+    partial = out.with_name(f".{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(encode_reference(reference))
+        partial.replace(out)
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written: {error.strerror}. Give another --out.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return reference
+

@@ -1,0 +1,65 @@
+"""The report that stands beside an artifact: what it gives, how it was checked, and what with."""
+
+from dinoexport.manifest import Manifest
+
+
+def render_report(manifest: Manifest) -> str:
+    """Render a manifest as Markdown, the same text for the same manifest."""
+    verdict = manifest.parity
+    lines = [
+        f"# {manifest.name} · {manifest.target}",
+        "",
+        f"Parity: **{'passed' if verdict.passed else 'FAILED'}**",
+        "",
+    ]
+    if manifest.notice:
+        lines += [f"> {manifest.notice}", ""]
+    lines += [
+        "## Outputs",
+        "",
+        "| output | unit | largest error | budget | SQNR dB | |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{name}` | {o.unit} | {o.max_error:.2g} | {o.budget:g} | {o.sqnr_db:g} | "
+        f"{'pass' if o.passed else 'FAIL'} |"
+        for name, o in verdict.outputs.items()
+    ]
+    structure = verdict.structure
+    lines += [
+        "",
+        f"Run by {verdict.runtime}, on {verdict.reference.samples} samples (photographs and "
+        "rendered images).",
+        f"Reference: PyTorch float32 on {verdict.reference.device}.",
+        "",
+        "## Taps",
+        "",
+        f"Structure ({structure.runtime}): worst {structure.worst_db:g} dB at "
+        f"`{structure.worst_tap}`, at least {structure.threshold_db:g} dB wanted: "
+        f"{'pass' if structure.passed else 'FAIL'}.",
+        "",
+        "| tap | structure dB | as shipped dB |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| `{name}` | {tap.structure_db:g} | {tap.precision_db:g} |"
+        for name, tap in verdict.taps.items()
+    ]
+    if verdict.blame:
+        lines += ["", f"Blame: {verdict.blame.message}."]
+    lines += [
+        "",
+        "## Use",
+        "",
+        f"The app does: {manifest.preprocessing.app}.",
+        "",
+        f"The model does: {manifest.preprocessing.model}.",
+        "",
+        f"Checkpoint: `{manifest.checkpoint.name}` (sha256 `{manifest.checkpoint.sha256}`), "
+        f"trained on {manifest.checkpoint.trained_on or 'data that it does not name'}. "
+        f"Licence: {manifest.licence}.",
+        "",
+        "Tools: " + ", ".join(f"{k} {v}" for k, v in manifest.tools.items()) + ".",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,78 @@
+"""Name the first layer at which an artifact leaves its reference."""
+
+from collections.abc import Mapping
+
+from dinoexport.manifest import Blame, OutputParity, TapParity
+
+NOTABLE_DROP_DB = 3.0
+
+
+def blame_structure(
+    taps: Mapping[str, TapParity], outputs: Mapping[str, OutputParity], threshold_db: float
+) -> Blame:
+    """Blame the first tap below the threshold, else the head and decoder behind the last tap.
+
+    Args:
+        taps: in the order of the graph.
+        outputs: of the run in exact arithmetic.
+        threshold_db: of the structural gate.
+    """
+    previous, previous_db = "input", 200.0
+    for name, tap in taps.items():
+        if tap.structure_db < threshold_db:
+            return Blame(
+                gate="structure",
+                layer=name,
+                sqnr_db=tap.structure_db,
+                previous_layer=previous,
+                previous_db=previous_db,
+                message=(
+                    f"the artifact leaves the reference at {name}: {tap.structure_db:g} dB, where "
+                    f"{previous} still had {previous_db:g} dB and {threshold_db:g} dB are wanted"
+                ),
+            )
+        previous, previous_db = name, tap.structure_db
+    return _blame_head("structure", previous, previous_db, outputs)
+
+
+def blame_outputs(
+    taps: Mapping[str, TapParity], outputs: Mapping[str, OutputParity]
+) -> Blame:
+    """Blame the tap at which the shipped precision loses most, else the head and decoder."""
+    previous, previous_db = "input", 200.0
+    worst: Blame | None = None
+    largest = NOTABLE_DROP_DB
+    for name, tap in taps.items():
+        drop = previous_db - tap.precision_db
+        if previous != "input" and drop > largest:
+            largest = drop
+            worst = Blame(
+                gate="precision",
+                layer=name,
+                sqnr_db=tap.precision_db,
+                previous_layer=previous,
+                previous_db=previous_db,
+                message=(
+                    f"the shipped precision loses most at {name}: from {previous_db:g} to "
+                    f"{tap.precision_db:g} dB. Build with --precision fp32"
+                ),
+            )
+        previous, previous_db = name, tap.precision_db
+    return worst or _blame_head("precision", previous, previous_db, outputs)
+
+
+def _blame_head(
+    gate: str, previous: str, previous_db: float, outputs: Mapping[str, OutputParity]
+) -> Blame:
+    name, worst = max(outputs.items(), key=lambda item: item[1].max_error / item[1].budget)
+    return Blame(
+        gate=gate,
+        layer="head",
+        sqnr_db=worst.sqnr_db,
+        previous_layer=previous,
+        previous_db=previous_db,
+        message=(
+            f"all taps hold, and {name} is off by {worst.max_error:g} {worst.unit} where "
+            f"{worst.budget:g} is allowed: the fault is in the head or the decoder"
+        ),
+    )

@@ -1,0 +1,179 @@
+"""Compare an artifact with its reference: structure at every tap, precision in the task's units.
+
+Structure runs the shipped file in exact arithmetic against torch with the same rounded weights,
+and looks at every tap, because final outputs alone are blind (a zeroed attention can hide behind a
+head). Precision runs the file as it is shipped against the full-precision reference.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dinoexport.errors import ParityError
+from dinoexport.manifest import (
+    Blame,
+    OutputParity,
+    ReferenceRecord,
+    Structure,
+    TapParity,
+    Verdict,
+)
+from dinoexport.targets.base import Runtime, Target
+from dinoexport.verify.blame import blame_outputs, blame_structure
+from dinoexport.verify.metrics import max_error, sqnr_db
+from dinoexport.verify.reference import Reference, Values
+from dinotrain.tasks.base import Task
+
+STRUCTURE_DB = 110.0
+"""Clean builds measure 120 to 150 dB in exact arithmetic, planted faults at most 96 (FINDINGS; the
+tests plant them anew)."""
+
+Progress = Callable[[int, int], None]
+
+
+def verify_artifact(
+    target: Target,
+    path: Path,
+    taps: Mapping[str, str],
+    precision: str,
+    reference: Reference,
+    task: Task,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Run an artifact three ways on the reference's inputs and give a verdict.
+
+    Args:
+        target: the artifact's format.
+        path: the artifact.
+        taps: {tap: value inside the artifact}.
+        precision: chooses the budget and the rounded reference.
+        reference: inputs and expected values.
+        task: gives units and budgets.
+        progress: called with (runs done, runs in all).
+
+    Raises:
+        ParityError: artifact and reference do not have the same outputs or taps.
+        BundleError: the artifact cannot be loaded.
+    """
+    total = 3 * reference.samples
+    tick = _Ticker(progress, total)
+    shipped = target.runtime(path)
+    as_shipped = run_samples(shipped, reference, tick)
+    _check_names(as_shipped.outputs, reference.exact.outputs, "output", path)
+    precise = run_samples(target.runtime(path, taps), reference, tick)
+    exact_runtime = target.runtime(path, taps, exact=True)
+    exact = run_samples(exact_runtime, reference, tick)
+    wanted = reference.structural(precision)
+    _check_names(exact.taps, wanted.taps, "tap", path)
+
+    outputs = judge_outputs(as_shipped, reference.exact, task, precision)
+    structural = judge_outputs(exact, wanted, task, "fp32")
+    tap_parity = {
+        name: TapParity(
+            structure_db=round(sqnr_db(wanted.taps[name], exact.taps[name]), 1),
+            precision_db=round(sqnr_db(reference.exact.taps[name], precise.taps[name]), 1),
+        )
+        for name in taps
+    }
+    worst = min(tap_parity, key=lambda name: tap_parity[name].structure_db)
+    structure = Structure(
+        runtime=exact_runtime.name,
+        threshold_db=STRUCTURE_DB,
+        worst_tap=worst,
+        worst_db=tap_parity[worst].structure_db,
+        passed=tap_parity[worst].structure_db >= STRUCTURE_DB
+        and all(output.passed for output in structural.values()),
+    )
+    blame: Blame | None = None
+    if not structure.passed:
+        blame = blame_structure(tap_parity, structural, STRUCTURE_DB)
+    elif not all(output.passed for output in outputs.values()):
+        blame = blame_outputs(tap_parity, outputs)
+    return Verdict(
+        passed=blame is None,
+        runtime=shipped.name,
+        reference=ReferenceRecord(
+            device=reference.info.device,
+            versions=reference.info.versions,
+            samples=reference.samples,
+            checkpoint_sha256=reference.info.checkpoint_sha256,
+        ),
+        outputs=outputs,
+        structure=structure,
+        taps=tap_parity,
+        blame=blame,
+    )
+
+
+class _Ticker:
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+
+    def __call__(self) -> None:
+        self._done += 1
+        if self._progress:
+            self._progress(self._done, self._total)
+
+
+def run_samples(
+    runtime: Runtime, reference: Reference, tick: Callable[[], None] = lambda: None
+) -> Values:
+    """Run every sample; outputs (samples,) and tap sketches (samples, K)."""
+    outputs: dict[str, list[np.ndarray]] = {}
+    taps: dict[str, list[np.ndarray]] = {}
+    for index in range(reference.samples):
+        result = runtime.run(reference.sample(index))
+        for name, value in result.outputs.items():
+            outputs.setdefault(name, []).append(value.reshape(-1)[0])
+        for name, value in _sketch(reference, result.taps).items():
+            taps.setdefault(name, []).append(value)
+        tick()
+    return Values(
+        {name: np.stack(values) for name, values in outputs.items()},
+        {name: np.stack(values) for name, values in taps.items()},
+    )
+
+
+def _sketch(reference: Reference, taps: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    try:
+        return reference.sketch(taps)
+    except (IndexError, KeyError) as error:
+        raise ParityError(
+            f"the artifact's taps do not fit the reference ({error}): it was made for another "
+            "architecture or image size. Make one with `dinoexport reference`."
+        ) from error
+
+
+def judge_outputs(
+    actual: Values, wanted: Values, task: Task, precision: str
+) -> dict[str, OutputParity]:
+    """Compare each output with the task's budget for a precision."""
+    budget = task.budgets_mm[precision]
+    units = {t.output_name: t.unit for t in task.targets}
+    units |= {t.std_name: t.unit for t in task.targets}
+    result = {}
+    for name, expected in wanted.outputs.items():
+        error = max_error(expected, actual.outputs[name])
+        result[name] = OutputParity(
+            unit=units[name],
+            max_error=float(f"{error:.4g}"),
+            budget=budget,
+            sqnr_db=round(sqnr_db(expected, actual.outputs[name]), 1),
+            passed=error <= budget,
+        )
+    return result
+
+
+def _check_names(
+    actual: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], kind: str, path: Path
+) -> None:
+    if actual.keys() == wanted.keys():
+        return
+    odd = sorted(actual.keys() ^ wanted.keys())
+    raise ParityError(
+        f"{path.name}: {kind} '{odd[0]}' is only in one of artifact and reference. "
+        "Make the reference from the checkpoint that the artifact was built from."
+    )
