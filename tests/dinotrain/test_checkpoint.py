@@ -6,8 +6,6 @@ import struct
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from dinotrain.backbones.vit import ViTConfig
 from dinotrain.checkpoint import (
     CheckpointConfig,
@@ -19,6 +17,7 @@ from dinotrain.checkpoint import (
 from dinotrain.errors import CheckpointError
 from dinotrain.heads.branch import HeadConfig
 from dinotrain.model import TaskModel
+from safetensors.torch import load_file, save_file
 
 CONFIG = CheckpointConfig(
     task="eyelid",
@@ -109,10 +108,10 @@ def test_a_pickle_by_another_name_is_never_opened(tmp_path):
             return (open, (str(flag), "w"))
 
     path.write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(CheckpointError, match="not a .safetensors"):
+    with pytest.raises(CheckpointError, match=r"not a \.safetensors"):
         load_checkpoint(path)
     torch.save({"a": Evil()}, path)
-    with pytest.raises(CheckpointError, match="not a .safetensors"):
+    with pytest.raises(CheckpointError, match=r"not a \.safetensors"):
         load_checkpoint(path)
     assert not flag.exists()
 
@@ -173,7 +172,7 @@ def test_weights_that_are_not_finite(saved, bad):
 
 def test_a_wrong_suffix(saved, tmp_path):
     model, _ = saved
-    with pytest.raises(CheckpointError, match="ends in .safetensors"):
+    with pytest.raises(CheckpointError, match=r"ends in \.safetensors"):
         save_checkpoint(model, CONFIG, tmp_path / "model.pth")
 
 

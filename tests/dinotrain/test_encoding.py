@@ -1,8 +1,9 @@
 """Codes against the plain integer formulas of METHODS B4, written a second time and slowly."""
 
+import itertools
+
 import pytest
 import torch
-
 from dinotrain.encoding import Decoder, Encoding, encode
 from dinotrain.errors import ShapeError, UsageError
 
@@ -15,7 +16,7 @@ def slow_bits(value: float, low: float, span: float, bits: int, gray: bool) -> l
     text = format(level, f"0{bits}b")
     if not gray:
         return [int(c) for c in text]
-    return [int(text[0])] + [int(a) ^ int(b) for a, b in zip(text, text[1:], strict=False)]
+    return [int(text[0])] + [int(a) ^ int(b) for a, b in itertools.pairwise(text)]
 
 
 def slow_soft(probabilities: list[float], low: float, span: float, gray: bool) -> float:

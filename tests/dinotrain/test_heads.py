@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
-from dinotrain.backbones.vit import ViTConfig, VisionTransformer, init_weights_
+from dinotrain.backbones.vit import VisionTransformer, ViTConfig, init_weights_
 from dinotrain.errors import UsageError
 from dinotrain.heads.branch import BranchHead, BranchSpec, HeadConfig
 from dinotrain.heads.pool import ClsMeanPool, FeatureConfig, LateralPyramid, build_pool
@@ -71,11 +70,14 @@ def test_the_pyramid_sums_top_down(backbone):
     assert isinstance(pool, LateralPyramid)
     features = pool.extract(backbone, torch.randn(2, 3, 42, 42))
     assert features.shape == (2, 4, 9, 16)
-    maps = [
-        pool.lateral[i](features[:, i].transpose(1, 2).reshape(2, 16, 3, 3)) for i in range(4)
-    ]
+    maps = [pool.lateral[i](features[:, i].transpose(1, 2).reshape(2, 16, 3, 3)) for i in range(4)]
     # 3×3 patches: strides ¼, ½, 1, 2 give 12, 6, 3 and 2 (the odd last column has its own cell).
-    levels = [pool.up4(maps[0]), pool.up2(maps[1]), maps[2], F.max_pool2d(maps[3], 2, 2, 0, 1, True)]
+    levels = [
+        pool.up4(maps[0]),
+        pool.up2(maps[1]),
+        maps[2],
+        F.max_pool2d(maps[3], 2, 2, 0, 1, True),
+    ]
     assert [level.shape[-1] for level in levels] == [12, 6, 3, 2]
     for fine, coarse in ((2, 3), (1, 2), (0, 1)):
         rows = torch.arange(levels[fine].shape[-1]) // 2

@@ -59,7 +59,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train."""
-        _above_zero("lr", self.lr)
+        if not 0 < self.lr <= 10:
+            raise UsageError(f"lr is {self.lr}; above 0 up to 10 is accepted")
         for name in ("batch_size", "epochs", "patience"):
             _above_zero(name, getattr(self, name))
         for name in ("gamma", "or_lambda", "weight_decay", "seed"):

@@ -115,10 +115,10 @@ def fingerprint(samples: tuple[Sample, ...]) -> str:
 def assign_splits(subjects: list[str], seed: int) -> dict[str, Split]:
     """Split subjects 80 : 10 : 10 by the rank of a seeded hash.
 
-    From three subjects on, validation and test get at least one each.
+    From five subjects on, validation and test get at least one each; fewer all train.
     """
     ranked = sorted(subjects, key=lambda s: hashlib.sha256(f"{seed}\x1f{s}".encode()).digest())
-    few = len(ranked) < 3
+    few = len(ranked) < 5
     held = 0 if few else max(1, round(len(ranked) / 10))
     cuts = {"val": ranked[:held], "test": ranked[held : 2 * held], "train": ranked[2 * held :]}
     return {subject: split for split, part in cuts.items() for subject in part}  # type: ignore[misc]

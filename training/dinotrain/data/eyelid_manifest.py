@@ -26,7 +26,7 @@ from dinotrain.data.dataset import (
     assign_splits,
     fingerprint,
 )
-from dinotrain.data.images import check_image
+from dinotrain.data.images import MIN_SIDE_PX, check_image
 from dinotrain.errors import DataError
 from dinotrain.tasks.base import TargetSpec
 
@@ -248,7 +248,12 @@ class _RowReader:
             return None
         if scale is None:
             return ImageRef(path=path, digest=digest, window_mm=self.window_mm, mirror=mirror)
-        if scale > 0:
+        if 0 < scale * self.window_mm < MIN_SIDE_PX:
+            problems.append(
+                f"px_per_mm {scale:g} leaves {scale * self.window_mm:.1f} pixels for the "
+                f"{self.window_mm:g} mm window; at least {MIN_SIDE_PX} are needed"
+            )
+        elif scale > 0:
             covered_w, covered_h = width / scale, height / scale
             if covered_w < MIN_COVER * self.window_mm or covered_h < (
                 MIN_COVER * self.window_height_mm

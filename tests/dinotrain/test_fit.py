@@ -1,0 +1,393 @@
+"""Training: it learns, stops, survives being killed, and resumes to the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from dinotrain import fit
+from dinotrain.backbones import load_backbone
+from dinotrain.checkpoint import digest, load_checkpoint, read_config
+from dinotrain.encoding import Encoding
+from dinotrain.errors import CheckpointError, DataError, ShapeError, UsageError
+from dinotrain.fit import evaluate, train
+from dinotrain.heads.branch import HeadConfig
+from dinotrain.heads.pool import FeatureConfig
+from dinotrain.train_config import TrainConfig
+from dinotrain.training_state import state_path
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def config(tiny_eyes, tiny_backbone, cache, tmp_path):
+    return TrainConfig(
+        data=tiny_eyes,
+        backbone=str(tiny_backbone),
+        out=tmp_path / "model.safetensors",
+        image_size=(28, 28),
+        head=HeadConfig(hidden=16),
+        batch_size=8,
+        epochs=4,
+        cache=cache,
+        device="cpu",
+    )
+
+
+def change(config: TrainConfig, **fields) -> TrainConfig:
+    return msgspec.structs.replace(config, **fields)
+
+
+class KilledError(Exception):
+    """Stands for a process that ends between two epochs."""
+
+
+def kill_after(epoch: int):
+    def progress(stage, done, total, note=""):
+        if stage == "training" and done == epoch:
+            raise KilledError
+
+    return progress
+
+
+def test_a_run_ends_in_one_checkpoint_that_tells_its_story(config, tiny_backbone):
+    told = []
+    path = train(config, lambda *args: told.append(args))
+    assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
+    model, found = load_checkpoint(path)
+    assert found.trained_on.endswith(
+        "30 samples of 30 subjects (train 18, val 6, test 6); backbone: tiny.safetensors"
+    )
+    assert "not a medical device" in found.notice
+    assert set(found.metrics) == {"val", "test"}
+    assert found.metrics["test"]["mrd1_mm"]["n"] == 6
+    assert found.metrics["test"]["mrd1_mm"]["mean_predictor"]["mae_mm"] > 0
+    assert found.training["log"]["epoch"] == [1, 2, 3, 4]
+    assert found.training["lr"] == 1e-3
+    assert found.versions["torch"] == torch.__version__
+    assert [args[1] for args in told if args[0] == "training"] == [1, 2, 3, 4]
+    source = load_backbone(tiny_backbone).state_dict()
+    assert all(torch.equal(source[k], v) for k, v in model.backbone.state_dict().items())
+
+
+def test_stored_metrics_are_those_of_the_stored_weights(config, tiny_eyes, cache):
+    """The deployed path (pixels in, no cache, no placeholders code) agrees with the metrics."""
+    path = train(change(config, weights="float16"))
+    found = read_config(path)
+    again = evaluate(path, tiny_eyes, cache=cache)
+    assert again["targets"] == found.metrics["test"]
+    assert not again["seen_in_training"]
+    assert evaluate(path, tiny_eyes, split="all", cache=cache)["seen_in_training"]
+    model, _ = load_checkpoint(path)
+    dataset = model.task.read(tiny_eyes, image_size=(28, 28)).split("test")
+    errors = []
+    for sample in dataset.samples:
+        if len(sample.images) < 3:
+            continue
+        pixels = {
+            name: torch.from_numpy(dataset.load(image)).permute(2, 0, 1).unsqueeze(0)
+            for name, image in sample.images.items()
+        }
+        errors.append(model(pixels)["mrd1_mm"].item() - sample.values["mrd1"])
+    full = tuple(s for s in dataset.samples if len(s.images) == 3)
+    store = fit.FeatureStore(model, cache)
+    cached = fit.predict(model, store, full)[:, 0] - [s.values["mrd1"] for s in full]
+    # Same float32 operations, batch 1 against batch 6.
+    np.testing.assert_allclose(errors, cached, atol=1e-4)
+
+
+def test_it_learns_what_the_features_hold(config):
+    path = train(change(config, epochs=150, patience=150, lr=5e-3, input_drop=0.0))
+    metrics = read_config(path).metrics["val"]
+    # A random backbone still sees a bar's edge; the mean predictor does not.
+    for name in ("mrd1_mm", "mrd2_mm"):
+        assert metrics[name]["mae_mm"] < 0.9 * metrics[name]["mean_predictor"]["mae_mm"]
+
+
+RECIPES = {
+    "mlp-gray-bce": {},
+    "linear-plain-focal": {
+        "head": HeadConfig(kind="linear"),
+        "encoding": Encoding(kind="plain", bits=6),
+        "loss": "focal",
+        "bit_rho": 0.8,
+    },
+    "ensemble-scalar-mse": {
+        "head": HeadConfig(kind="ensemble", hidden=8, members=2),
+        "encoding": Encoding(kind="scalar"),
+        "loss": "mse",
+        "optimizer": "adamw",
+        "weight_decay": 0.01,
+    },
+    "pyramid-constant": {
+        "features": FeatureConfig(kind="pyramid", tap_norm="own_ln"),
+        "schedule": "constant",
+        "or_lambda": 0.0,
+        "batch_size": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_resumed_run_gives_the_same_bytes(config, tmp_path, recipe):
+    config = change(config, **recipe)
+    whole = train(config)
+    wanted = digest(whole)
+    out = tmp_path / "again" / "model.safetensors"
+    broken = change(config, out=out)
+    for epoch in (1, 3):
+        with pytest.raises(KilledError):
+            train(broken, kill_after(epoch))
+        assert not out.exists()
+        broken = change(broken, resume=True)
+    # The outside random state must not matter.
+    torch.manual_seed(99)
+    assert digest(train(broken)) == wanted
+    assert not state_path(out).exists()
+
+
+def test_another_seed_gives_other_weights(config, tmp_path):
+    first = load_checkpoint(train(config))[0].head.state_dict()
+    other = change(config, seed=1, out=tmp_path / "other.safetensors")
+    second = load_checkpoint(train(other))[0].head.state_dict()
+    assert not any(torch.equal(first[k], second[k]) for k in first if k.endswith("4.weight"))
+
+
+def test_resuming_with_other_choices_is_refused(config, tiny_eyes, tmp_path):
+    with pytest.raises(KilledError):
+        train(config, kill_after(1))
+    with pytest.raises(UsageError, match=r"had lr = 0\.001, this one has 0\.002"):
+        train(change(config, lr=2e-3, resume=True))
+    with pytest.raises(UsageError, match="had epochs = 4, this one has 5"):
+        train(change(config, epochs=5, resume=True))
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in tiny_eyes.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    # The same data at another place are the same data.
+    with pytest.raises(KilledError):
+        train(change(config, data=copy, resume=True), kill_after(2))
+    table = copy / "manifest.csv"
+    table.write_text(table.read_text().replace("s0,L", "s99,L"))
+    with pytest.raises(UsageError, match="had data ="):
+        train(change(config, data=copy, resume=True))
+
+
+def test_nothing_to_resume(config):
+    with pytest.raises(UsageError, match="no interrupted training"):
+        train(change(config, resume=True))
+
+
+@pytest.mark.parametrize("keep", [0, 50, -40])
+def test_a_damaged_state_is_refused(config, keep):
+    with pytest.raises(KilledError):
+        train(config, kill_after(1))
+    state = state_path(config.out)
+    state.write_bytes(state.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="damaged"):
+        train(change(config, resume=True))
+
+
+SCRIPT = """
+import sys, msgspec, torch
+from pathlib import Path
+from dinotrain.fit import train
+from dinotrain.train_config import TrainConfig
+torch.set_num_threads(1)
+config = msgspec.json.decode(sys.argv[1], type=TrainConfig, dec_hook=lambda t, v: t(v))
+train(config, lambda stage, done, total, note="": print(stage, done, flush=True))
+"""
+
+
+def test_a_killed_process_leaves_the_old_output_and_goes_on(config):
+    """SIGKILL in the middle of an epoch: the hard case that no handler sees."""
+    path = train(config)
+    before = path.read_bytes()
+    long = change(config, epochs=3000, patience=3000)
+    text = msgspec.json.encode(long, enc_hook=str).decode()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, text], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("training 3"):
+            time.sleep(0.05)
+            process.send_signal(signal.SIGKILL)
+            break
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL
+    assert path.read_bytes() == before
+    told = []
+
+    def progress(stage, done, total, note=""):
+        told.append((stage, done))
+        if stage == "training":
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(change(long, resume=True), progress)
+    assert told[-1][1] > 3
+
+
+def test_training_stops_without_progress(config):
+    # A step of 1e-30 is below the last digit of every weight.
+    path = train(change(config, epochs=60, patience=2, lr=1e-30, schedule="constant", input_drop=0))
+    story = read_config(path).training
+    assert len(story["log"]["epoch"]) < 60
+    assert story["stopped"].startswith("no better validation error since epoch")
+    assert story["best_epoch"] == len(story["log"]["epoch"]) - 2
+
+
+def test_the_best_weights_are_kept(config, tiny_eyes, cache):
+    path = train(change(config, epochs=30, lr=0.05, schedule="constant", patience=30))
+    story = read_config(path).training
+    best = min(story["log"]["val_mae"])
+    assert story["log"]["val_mae"][story["best_epoch"] - 1] == best
+    targets = evaluate(path, tiny_eyes, split="val", cache=cache)["targets"]
+    mean = np.mean([row["mae_mm"] for row in targets.values()])
+    # The log keeps six digits.
+    assert mean == pytest.approx(best, rel=1e-5)
+
+
+def spoil(monkeypatch, after: int):
+    """Make the loss NaN from some batch on: the planted fault."""
+    calls = {"count": 0}
+    true_loss = fit._Run._loss
+
+    def loss(self, *args):
+        calls["count"] += 1
+        value = true_loss(self, *args)
+        return value * float("nan") if calls["count"] > after else value
+
+    monkeypatch.setattr(fit._Run, "_loss", loss)
+
+
+def test_a_nan_loss_keeps_the_last_good_weights(config, monkeypatch, tmp_path):
+    good = train(change(config, epochs=4, schedule="constant"))
+    # Three batches per epoch: batch 8 is the second of epoch 3.
+    spoil(monkeypatch, after=7)
+    path = train(change(config, out=tmp_path / "b.safetensors", schedule="constant"))
+    story = read_config(path).training
+    assert story["stopped"].startswith("the loss is nan in epoch 3, batch 2; the weights of epoch")
+    assert story["log"]["loss"] == read_config(good).training["log"]["loss"][:2]
+    load_checkpoint(path)
+
+
+def test_a_nan_loss_at_once_is_an_error_and_leaves_the_output(config, monkeypatch):
+    path = train(config)
+    before = path.read_bytes()
+    spoil(monkeypatch, after=1)
+    with pytest.raises(
+        UsageError, match=r"the loss is nan in epoch 1, batch 2.*Lower the learning"
+    ):
+        train(config)
+    assert path.read_bytes() == before
+
+
+def test_a_last_batch_that_ruins_the_weights_is_noticed(config, monkeypatch):
+    """The loss is finite, its gradient is not: 0 · ∞ in the derivative of a square root."""
+    true_loss = fit._Run._loss
+
+    def loss(self, *args):
+        (weight,) = list(self.model.placeholders.values())[:1]
+        return true_loss(self, *args) + (0 * weight).sqrt().sum()
+
+    monkeypatch.setattr(fit._Run, "_loss", loss)
+    with pytest.raises(UsageError, match="weights are not finite after epoch 1, batch 1"):
+        train(change(config, batch_size=32))
+
+
+def test_withheld_gazes_train_the_placeholders(config, tmp_path):
+    model, _ = load_checkpoint(train(change(config, input_drop=0.5)))
+    assert set(model.placeholders) == {"up", "down"}
+    assert all(bool(p.any()) for p in model.placeholders.values())
+
+
+def without(folder, tmp_path, edit):
+    """Copy a data set, with its manifest edited line by line."""
+    copy = tmp_path / "edited"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    table = copy / "manifest.csv"
+    lines = [edit(line.split(",")) for line in table.read_text().splitlines()]
+    table.write_text("\n".join(",".join(cells) for cells in lines if cells) + "\n")
+    return copy
+
+
+def test_without_validation_samples_the_last_weights_are_kept(config, tiny_eyes, tmp_path):
+    data = without(tiny_eyes, tmp_path, lambda cells: None if cells[7] == "val" else cells)
+    found = read_config(train(change(config, data=data)))
+    assert set(found.metrics) == {"test"}
+    assert found.training["best_epoch"] == 4
+    with pytest.raises(DataError, match="no sample is in the split 'val'"):
+        evaluate(config.out, data, split="val")
+
+
+def test_a_target_without_labels_is_refused(config, tiny_eyes, tmp_path):
+    def blank(cells):
+        return cells if cells[6] == "lf_mm" else [*cells[:6], "", cells[7]]
+
+    data = without(tiny_eyes, tmp_path, blank)
+    with pytest.raises(DataError, match="lf_mm has 0 labels among the training samples"):
+        train(change(config, data=data))
+
+
+def test_synthetic_data_and_backbones_are_named(config, tiny_eyes, tmp_path):
+    data = without(tiny_eyes, tmp_path, lambda cells: cells)
+    (data / "dataset.json").write_text(json.dumps({"generator": "bars", "seed": 0}))
+    first = train(change(config, data=data, backbone_note="random, synthetic"))
+    found = read_config(first)
+    assert found.notice.startswith("Trained on synthetic images only")
+    assert found.trained_on.startswith("synthetic (bars, seed 0), 30 samples")
+    # Its backbone goes on to real data, and its origin goes with it.
+    second = train(
+        change(config, backbone=str(first), out=tmp_path / "second.safetensors", epochs=1)
+    )
+    found = read_config(second)
+    assert found.trained_on.endswith("backbone: tiny.safetensors (random, synthetic)")
+    assert "synthetic" in found.notice
+
+
+def test_an_image_size_that_patches_do_not_tile(config):
+    with pytest.raises(ShapeError, match="multiple"):
+        train(change(config, image_size=(30, 28)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lr": 0.0}, "lr is 0.0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"lr": 1e38}, "lr is 1e.38"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"gamma": -1.0}, "gamma is -1.0"),
+        ({"input_drop": 1.0}, "input_drop is 1.0"),
+        ({"bit_rho": 0.0}, "bit_rho is 0.0"),
+        ({"loss": "mse"}, "does not fit encoding 'gray'"),
+        ({"encoding": Encoding(kind="scalar")}, "does not fit encoding 'scalar'"),
+    ],
+    ids=str,
+)
+def test_choices_that_cannot_train(config, fields, message):
+    with pytest.raises(UsageError, match=message):
+        change(config, **fields)
