@@ -213,6 +213,18 @@ def test_structural_gate_shows_a_fault(
     assert min(parity_db(path, model, False)) < STRUCTURE_DB - 5
 
 
+def test_settings_show_a_fault_that_small_activations_hide(packages, tmp_path: Path) -> None:
+    clean = packages("gelu", "FLOAT16")
+    path = edit(clean, tmp_path / "faulty.mlpackage", tanh_gelu)
+    modes = [
+        [op.settings["mode"] for op in PackageEvaluator(package).operations if op.kind == "gelu"]
+        for package in (clean, path)
+    ]
+    assert modes == [["EXACT", "EXACT"], ["TANH_APPROXIMATION", "EXACT"]]
+    norm = next(op for op in PackageEvaluator(clean).operations if op.kind == "layer_norm")
+    assert norm.settings == {"epsilon": float(np.float16(1e-6))}
+
+
 def test_structural_gate_shows_one_changed_byte(packages, tmp_path: Path) -> None:
     path = tmp_path / "faulty.mlpackage"
     shutil.copytree(packages("gelu", "FLOAT16"), path)

@@ -47,11 +47,15 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OperationInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One operation of the program: its type, and the name and type of each output."""
+    """One operation of the program: its type, and the name and type of each output.
+
+    ``settings`` holds its constant scalars, such as ``{"mode": "EXACT"}`` of a ``gelu``.
+    """
 
     kind: str
     outputs: tuple[str, ...]
     dtypes: tuple[str, ...]
+    settings: dict[str, str | float]
 
 
 class Peak(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,14 +120,7 @@ class PackageEvaluator:
             name: _port(name, var, description) for name, var in self._function.inputs.items()
         }
         self.outputs = {var.name: _port(var.name, var, description) for var in self._results}
-        self.operations = [
-            OperationInfo(
-                kind=op.op_type,
-                outputs=tuple(var.name for var in op.outputs),
-                dtypes=tuple(types.builtin_to_string(var.dtype) for var in op.outputs),
-            )
-            for op in self._operations
-        ]
+        self.operations = [_info(op) for op in self._operations]
         self._by_name = {var.name: var for op in self._operations for var in op.outputs}
         self._unpack_weights()
 
@@ -324,6 +321,20 @@ def _described(description: Any, function: str) -> dict[str, Any]:
         if entry.name == function:
             description = entry
     return {feature.name: feature for feature in (*description.input, *description.output)}
+
+
+def _info(operation: Any) -> OperationInfo:
+    settings = {}
+    for name, entry in operation.inputs.items():
+        value = None if isinstance(entry, list | tuple) or entry is None else entry.val
+        if isinstance(value, str | bool | int | float | np.generic):
+            settings[name] = value.item() if isinstance(value, np.generic) else value
+    return OperationInfo(
+        kind=operation.op_type,
+        outputs=tuple(var.name for var in operation.outputs),
+        dtypes=tuple(types.builtin_to_string(var.dtype) for var in operation.outputs),
+        settings=settings,
+    )
 
 
 def _port(name: str, var: Any, described: Mapping[str, Any]) -> Port:
