@@ -244,13 +244,35 @@ def test_training_checkpoints(tmp_path, nest, local):
     assert same(weights.state, state)
 
 
-def test_chunked_checkpoint_with_a_lost_block_is_refused(tmp_path):
-    state = {k: v for k, v in tiny_state().items() if not k.startswith("blocks.1.")}
-    torch.save({"teacher": chunked(state, local=False)}, tmp_path / "lost.pth")
+@pytest.mark.parametrize(
+    ("lost", "local", "message"),
+    [
+        ("blocks.0.1.", False, "block 1 is missing among 2 blocks"),
+        ("blocks.0.0.", True, "block 0 is missing in chunk 0"),
+    ],
+    ids=["numbered-through", "numbered-anew"],
+)
+def test_chunked_checkpoint_with_a_lost_block_is_refused(tmp_path, lost, local, message):
+    state = tiny_state()
+    state |= {k.replace("blocks.2.", "blocks.3."): v for k, v in state.items()} if local else {}
+    whole = chunked(state, local)
+    torch.save(
+        {"teacher": {k: v for k, v in whole.items() if not k.startswith(lost)}},
+        tmp_path / "lost.pth",
+    )
 
-    with pytest.raises(WeightsError, match="block 1 is missing among 2 blocks") as error:
+    with pytest.raises(WeightsError) as error:
         read_weights(tmp_path / "lost.pth")
-    one_line(error, "lost.pth")
+    one_line(error, "lost.pth", message)
+
+
+@pytest.mark.parametrize("twin", ["module.norm.bias", "backbone.norm.bias"])
+def test_two_keys_for_one_tensor_are_refused(tmp_path, twin):
+    torch.save(tiny_state() | {twin: torch.zeros(DIM)}, tmp_path / "twins.pth")
+
+    with pytest.raises(WeightsError) as error:
+        read_weights(tmp_path / "twins.pth")
+    one_line(error, f"two of its keys stand for norm.bias, one of them {twin}")
 
 
 def test_data_parallel_prefix_is_dropped(tmp_path):
@@ -281,6 +303,11 @@ def edited(layout: str, edit) -> dict[str, torch.Tensor]:
     [
         ("hub", lambda s: s.pop("norm.bias"), ["missing norm.bias"]),
         ("hub", lambda s: s.update(fog=torch.ones(1)), ["unexpected fog"]),
+        (
+            "hub",
+            lambda s: (s.update(register_tokens=torch.ones(1, 4, DIM)), s.pop("mask_token")),
+            ["missing mask_token"],
+        ),
         (
             "hub",
             lambda s: s.update({"norm.bias": torch.ones(7)}),
@@ -347,6 +374,9 @@ def edited(layout: str, edit) -> dict[str, torch.Tensor]:
             ["norm.bias is a torch.sparse_coo tensor"],
         ),
     ],
+    ids=lambda value: (
+        value[0][:40] if isinstance(value, list) else getattr(value, "__name__", None)
+    ),
 )
 def test_state_dicts_are_held_to_their_architecture(tmp_path, layout, edit, parts):
     torch.save(edited(layout, edit), tmp_path / "weights.pth")
@@ -354,6 +384,16 @@ def test_state_dicts_are_held_to_their_architecture(tmp_path, layout, edit, part
     with pytest.raises(WeightsError) as error:
         load_backbone(tmp_path / "weights.pth")
     one_line(error, "weights.pth: ", *parts)
+
+
+def test_keys_cannot_write_to_the_terminal(tmp_path):
+    state = tiny_state() | {"a\n\x1b[31mred": torch.ones(1), "b" * 9999: torch.ones(1)}
+    torch.save(state, tmp_path / "w.pth")
+
+    with pytest.raises(WeightsError) as error:
+        load_backbone(tmp_path / "w.pth")
+    one_line(error, "unexpected a??[31mred, bbb")
+    assert "\x1b" not in str(error.value)
 
 
 # Reading

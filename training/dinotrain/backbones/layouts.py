@@ -7,6 +7,7 @@ are only names and shapes, so that a round trip through any layout is exact. Sou
 import math
 import re
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -140,7 +141,18 @@ def unwrap(loaded: Any) -> tuple[dict[str, Any], bool]:
 
 
 def _strip(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {key.removeprefix(prefix): value for key, value in state.items()}
+    return _renamed(state, {key: key.removeprefix(prefix) for key in state})
+
+
+def _renamed(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Rename keys; two that fall together are refused, or one would win unseen."""
+    out: dict[str, Any] = {}
+    for key, value in state.items():
+        name = names.get(key, key)
+        if name in out:
+            raise WeightsError(f"two of its keys stand for {name}, one of them {key}")
+        out[name] = value
+    return out
 
 
 def detect(keys: Iterable[str], training: bool = False) -> Layout:
@@ -162,7 +174,7 @@ def detect(keys: Iterable[str], training: bool = False) -> Layout:
     if "cls_token" in found and any(name.startswith("blocks.") for name in names):
         if training or any(_CHUNKED.fullmatch(name) for name in names):
             return "training"
-        is_timm = "reg_token" in found or "mask_token" not in found
+        is_timm = "reg_token" in found or found.isdisjoint(("mask_token", "register_tokens"))
         return "timm" if is_timm else "hub"
     if any(name.endswith("embeddings.cls_token") for name in names):
         return "hf_v5" if any(".attention.q_proj." in name for name in names) else "hf"
@@ -283,16 +295,23 @@ def _unchunk(state: dict[str, Any]) -> dict[str, Any]:
 
     The published code pads each chunk, so that i counts through the whole network; a file in
     which i starts anew in every chunk is numbered in order instead.
+
+    Raises:
+        WeightsError: i starts anew and a chunk has a gap, so that its blocks cannot be numbered.
     """
     found = [match for key in state if (match := _CHUNKED.fullmatch(key))]
     pairs = sorted({(int(match[1]), int(match[2])) for match in found})
     numbers = {pair: pair[1] for pair in pairs}
     if len(set(numbers.values())) < len(pairs):
+        for (chunk, inner), (next_chunk, following) in pairwise([(-1, 0), *pairs]):
+            expected = inner + 1 if next_chunk == chunk else 0
+            if following != expected:
+                raise WeightsError(f"block {expected} is missing in chunk {next_chunk}")
         numbers = {pair: number for number, pair in enumerate(pairs)}
     renamed = {
         match[0]: f"blocks.{numbers[int(match[1]), int(match[2])]}.{match[3]}" for match in found
     }
-    return {renamed.get(key, key): value for key, value in state.items()}
+    return _renamed(state, renamed)
 
 
 def _names(layout: Layout, flat: Mapping[str, Any]) -> _Names:

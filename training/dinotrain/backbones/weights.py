@@ -40,6 +40,8 @@ MAX_HEADER_BYTES = 100_000_000
 """The safetensors format's own limit."""
 
 
+MAX_MESSAGE = 400
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -237,11 +239,15 @@ def _build(weights: BackboneWeights, device: str | torch.device) -> VisionTransf
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Begin every WeightsError raised inside with the path."""
+    """Begin every WeightsError raised inside with the path, and keep it one printable line."""
     try:
         yield
     except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error.__cause__
+        # Keys come from the file: they may be long, or hold newlines and terminal escapes.
+        message = "".join(char if char.isprintable() else "?" for char in str(error))
+        if len(message) > MAX_MESSAGE:
+            message = message[:MAX_MESSAGE] + "…"
+        raise WeightsError(f"{path}: {message}") from error.__cause__
     except OSError as error:
         raise WeightsError(f"{path}: {error.strerror or error}") from error
 
