@@ -374,7 +374,7 @@ def edited(layout: str, edit) -> dict[str, torch.Tensor]:
             ["norm.bias is a torch.sparse_coo tensor"],
         ),
     ],
-    ids=lambda value: (
+    ids=lambda value: value[0][:40] if isinstance(value, list) else None,
         value[0][:40] if isinstance(value, list) else getattr(value, "__name__", None)
     ),
 )
