@@ -130,7 +130,9 @@ def lock_output(out: Path) -> Iterator[None]:
             f"{out}: another build is writing into this folder. Wait for it, or give another --out."
         ) from error
     except OSError as error:
-        raise BuildError(f"{out}: cannot build there: {_reason(error)}. Give another --out.") from error
+        raise BuildError(
+            f"{out}: cannot build there: {_reason(error)}. Give another --out."
+        ) from error
     try:
         for left in out.glob(f"{PARTIAL}*"):
             shutil.rmtree(left, ignore_errors=True)

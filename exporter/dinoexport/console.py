@@ -9,12 +9,21 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class Reporter:
@@ -42,6 +51,38 @@ class Reporter:
         else:
             yield Step(None, None)
         self.say(f"{text}  {time.monotonic() - start:.1f} s")
+
+    @contextmanager
+    def tracker(self) -> Iterator[Callable[..., None]]:
+        """Give a function (stage, done, total, note) that shows how far each stage is."""
+        if not (self._enabled and self.console.is_terminal):
+            shown: dict[str, int] = {}
+
+            def plain(stage: str, done: int, total: int, note: str = "") -> None:
+                tenth = 10 * done // max(total, 1)
+                if tenth != shown.get(stage):
+                    shown[stage] = tenth
+                    self.say(f"{stage} {done}/{total}  {note}".rstrip())
+
+            yield plain
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            bars: dict[str, TaskID] = {}
+
+            def draw(stage: str, done: int, total: int, note: str = "") -> None:
+                if stage not in bars:
+                    bars[stage] = progress.add_task(stage, total=total, note="")
+                progress.update(bars[stage], completed=done, total=total, note=note)
+
+            yield draw
 
     def say(self, text: str) -> None:
         """Write one line."""

@@ -4,10 +4,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import msgspec
-
-from dinoexport.errors import BundleError
 from dinotrain.checkpoint import CheckpointConfig
 from dinotrain.tasks.base import Task
+
+from dinoexport.errors import BundleError
 
 SCHEMA_VERSION = 1
 

@@ -8,6 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
+from dinotrain.checkpoint import CheckpointConfig, digest, load_checkpoint, read_config
+from dinotrain.errors import CheckpointError, DinoError, UsageError, unknown_name
+from dinotrain.model import TaskModel
+from dinotrain.tasks import get_task
 
 from dinoexport.bundle import (
     REFERENCE,
@@ -43,10 +47,6 @@ from dinoexport.verify.reference import (
     load_reference,
     make_reference,
 )
-from dinotrain.checkpoint import CheckpointConfig, digest, load_checkpoint, read_config
-from dinotrain.errors import CheckpointError, DinoError, UsageError, unknown_name
-from dinotrain.model import TaskModel
-from dinotrain.tasks import get_task
 
 LOG = "build.log"
 _TOOLS = (
@@ -142,9 +142,7 @@ def _short(backbone: str) -> str:
     return backbone.removeprefix("dinov2_").replace("/", "_")
 
 
-def _resize(
-    config: CheckpointConfig, size: tuple[int, int] | None, path: Path
-) -> CheckpointConfig:
+def _resize(config: CheckpointConfig, size: tuple[int, int] | None, path: Path) -> CheckpointConfig:
     if size is None or size == config.image_size:
         return config
     patch = config.backbone.patch_size
@@ -357,9 +355,7 @@ def _check_reference(reference: Reference, bundle: Bundle, file: Path | None) ->
             f"was built from {manifest.checkpoint.sha256[:12]} ({manifest.checkpoint.name}). "
             "Make the reference from that one."
         )
-    size = manifest.inputs[0].shape[:2] if len(manifest.inputs[0].shape) == 3 else (
-        manifest.inputs[0].shape[1:3]
-    )
+    size = manifest.inputs[0].shape[-3:-1]
     if tuple(size) != reference.info.image_size:
         raise ParityError(
             f"{where} was made at {reference.info.image_size}, the bundle reads {tuple(size)}. "
@@ -379,8 +375,9 @@ def write_reference(plan: BuildPlan, out: Path, reporter: Reporter) -> Reference
         partial.write_bytes(encode_reference(reference))
         partial.replace(out)
     except OSError as error:
-        raise UsageError(f"{out}: cannot be written: {error.strerror}. Give another --out.") from error
+        raise UsageError(
+            f"{out}: cannot be written: {error.strerror}. Give another --out."
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
     return reference
-

@@ -8,11 +8,11 @@ import copy
 from collections.abc import Iterator
 
 import torch
+from dinotrain.backbones.vit import VisionTransformer
+from dinotrain.model import TaskModel, decode_members
 from torch import Tensor, nn
 
 from dinoexport.errors import BuildError
-from dinotrain.backbones.vit import VisionTransformer
-from dinotrain.model import TaskModel, decode_members
 
 
 class DeployBackbone(nn.Module):

@@ -35,9 +35,7 @@ def blame_structure(
     return _blame_head("structure", previous, previous_db, outputs)
 
 
-def blame_outputs(
-    taps: Mapping[str, TapParity], outputs: Mapping[str, OutputParity]
-) -> Blame:
+def blame_outputs(taps: Mapping[str, TapParity], outputs: Mapping[str, OutputParity]) -> Blame:
     """Blame the tap at which the shipped precision loses most, else the head and decoder."""
     previous, previous_db = "input", 200.0
     worst: Blame | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
+from dinotrain.model import TaskModel
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
@@ -20,7 +21,6 @@ from dinoexport.errors import ParityError
 from dinoexport.graph.deploy_model import DeployModel, round_weights_
 from dinoexport.verify.metrics import max_error, sqnr_db
 from dinoexport.verify.samples import parity_samples
-from dinotrain.model import TaskModel
 
 FORMAT_VERSION = 1
 SKETCH_SIZE = 1024

@@ -4,6 +4,7 @@ Nothing outside this folder asks which task it has.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,9 @@ class Task(ABC):
         """Read labelled data, checked, split by subject."""
 
     @abstractmethod
-    def synthesise(self, count: int, seed: int, out: Path) -> Path:
+    def synthesise(
+        self, count: int, seed: int, out: Path, progress: Callable[[int, int], None] | None = None
+    ) -> Path:
         """Write a synthetic data set that ``read`` reads; returns its manifest."""
 
     @abstractmethod

@@ -3,6 +3,7 @@
 Source: METHODS B2, B3.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -54,11 +55,13 @@ class EyelidTask(Task):
 
         return read_manifest(path, image_size=image_size, window_mm=self.window_mm, seed=seed)
 
-    def synthesise(self, count: int, seed: int, out: Path) -> Path:
+    def synthesise(
+        self, count: int, seed: int, out: Path, progress: Callable[[int, int], None] | None = None
+    ) -> Path:
         """Render ``count`` synthetic eyes into a folder."""
         from dinotrain.data.synthetic.eyes import write_dataset
 
-        return write_dataset(count, seed, out)
+        return write_dataset(count, seed, out, progress)
 
     def render_samples(
         self, count: int, image_size: tuple[int, int]

@@ -1,0 +1,26 @@
+"""The names that the command line knows, with a line on each."""
+
+from dinotrain.backbones.vit import VARIANTS
+from dinotrain.tasks import TABLE as TASKS
+from dinotrain.tasks import get_task
+
+from dinoexport.embedded import EMBEDDED
+from dinoexport.targets.table import TABLE as TARGETS
+from dinoexport.targets.table import get_target
+
+
+def catalogue() -> dict[str, dict[str, str]]:
+    """Tasks, backbones, targets and embedded checkpoints by name."""
+    backbones = {
+        name: f"{v.depth} blocks of {v.embed_dim}, {v.registers or 'no'} registers"
+        for name, v in VARIANTS.items()
+    }
+    return {
+        "tasks": {name: get_task(name).summary for name in TASKS},
+        "backbones": {"embedded": "small, trained on synthetic images; ships here"} | backbones,
+        "targets": {
+            name: f"{get_target(name).suffix}, {', '.join(get_target(name).precisions)}"
+            for name in TARGETS
+        },
+        "embedded checkpoints": dict(EMBEDDED),
+    }

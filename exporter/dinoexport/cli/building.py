@@ -1,0 +1,155 @@
+"""Commands around a build: build, verify, reference."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dinoexport.cli.app import Checkpoint, ImageSize, Json, TaskName, app
+from dinoexport.cli.output import FAILED, parse_size, print_json
+
+
+@app.command()
+def build(
+    task: TaskName,
+    target: Annotated[str, typer.Option(help="onnx, coreml, tflite, or all.")],
+    out: Annotated[Path, typer.Option(help="Folder that receives one bundle per target.")] = Path(
+        "artifacts"
+    ),
+    checkpoint: Checkpoint = None,
+    precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp16",
+    image_size: ImageSize = None,
+    minimum_ios: Annotated[int, typer.Option(help="Core ML only: 16, 17 or 18.")] = 17,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built.")] = False,
+    json: Json = False,
+) -> None:
+    """Turn a checkpoint into verified artifacts, one bundle per target."""
+    from dinoexport.pipeline import BuildRequest, plan_build
+    from dinoexport.pipeline import build as run_build
+
+    request = BuildRequest(
+        task=task,
+        target=target,
+        out=out,
+        checkpoint=checkpoint,
+        precision=precision,
+        image_size=parse_size(image_size),
+        minimum_ios=minimum_ios,
+    )
+    plan = plan_build(request)
+    if dry_run:
+        _print_plan(plan, json)
+        return
+    from dinoexport.console import Reporter
+
+    result = run_build(request, Reporter())
+    if json:
+        print_json({"passed": result.passed, "bundles": [_bundle_json(b) for b in result.bundles]})
+    else:
+        for bundle in result.bundles:
+            _print_verdict(str(bundle.path), bundle.verdict, bundle.size_bytes)
+    if not result.passed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A folder that `build` wrote.")],
+    reference: Annotated[
+        Path | None, typer.Option(help="A file of `dinoexport reference`, made on a GPU, say.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Repeat the parity verdict of a bundle."""
+    from dinoexport.console import Reporter
+    from dinoexport.pipeline import verify_bundle
+
+    verdict = verify_bundle(bundle, reference, Reporter())
+    if json:
+        print_json(_verdict_json(verdict))
+    else:
+        _print_verdict(str(bundle), verdict)
+    if not verdict.passed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def reference(
+    out: Annotated[Path, typer.Option(help="The file to write; ends in .safetensors.")],
+    task: TaskName = "eyelid",
+    checkpoint: Checkpoint = None,
+    image_size: ImageSize = None,
+    json: Json = False,
+) -> None:
+    """Write what the PyTorch model gives, on a GPU where there is one, for `verify --reference`."""
+    from dinoexport.console import Reporter
+    from dinoexport.pipeline import BuildRequest, plan_build, write_reference
+
+    plan = plan_build(
+        BuildRequest(task, "all", out.parent, checkpoint, "fp32", parse_size(image_size))
+    )
+    made = write_reference(plan, out, Reporter())
+    if json:
+        print_json(
+            {
+                "path": str(out),
+                "device": made.info.device,
+                "versions": made.info.versions,
+                "samples": made.samples,
+            }
+        )
+        return
+    typer.echo(f"{out}: {made.samples} samples on {made.info.device}")
+
+
+def _print_plan(plan: Any, json: bool) -> None:
+    facts = {
+        "checkpoint": str(plan.checkpoint),
+        "backbone": plan.config.backbone.name,
+        "image_size": list(plan.config.image_size),
+        "precision": plan.request.precision,
+        "bundles": [str(plan.request.out / plan.bundle_name(t)) for t in plan.targets],
+        "notice": plan.config.notice,
+    }
+    if json:
+        print_json({"dry_run": True} | facts)
+        return
+    for key, value in facts.items():
+        typer.echo(f"{key:11} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    typer.echo("nothing was written (--dry-run)")
+
+
+def _verdict_json(verdict: Any) -> dict[str, Any]:
+    import msgspec
+
+    return msgspec.to_builtins(verdict)
+
+
+def _bundle_json(bundle: Any) -> dict[str, Any]:
+    return {
+        "target": bundle.target,
+        "precision": bundle.precision,
+        "path": str(bundle.path),
+        "passed": bundle.verdict.passed,
+        "size_bytes": bundle.size_bytes,
+        "parity": _verdict_json(bundle.verdict),
+    }
+
+
+def _print_verdict(title: str, verdict: Any, size_bytes: int | None = None) -> None:
+    size = f", {size_bytes / 1e6:.1f} MB" if size_bytes else ""
+    typer.echo(f"{'PASS' if verdict.passed else 'FAIL'}  {title}{size}")
+    for name, output in verdict.outputs.items():
+        typer.echo(
+            f"      {name:13} {output.max_error:.2g} {output.unit} of {output.budget:g} allowed, "
+            f"{output.sqnr_db:g} dB{'' if output.passed else '  FAIL'}"
+        )
+    structure = verdict.structure
+    typer.echo(
+        f"      structure     {structure.worst_db:g} dB at {structure.worst_tap}, "
+        f"{structure.threshold_db:g} wanted{'' if structure.passed else '  FAIL'}"
+    )
+    typer.echo(f"      run by        {verdict.runtime}")
+    typer.echo(f"      reference     {verdict.reference.device}")
+    if verdict.blame:
+        typer.echo(f"      blame         {verdict.blame.message}")

@@ -1,0 +1,251 @@
+"""Commands on the training side: data, train, evaluate."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from dinotrain.errors import UsageError, unknown_name
+
+from dinoexport.cli.app import ImageSize, Json, Seed, TaskName, app
+from dinoexport.cli.output import parse_size, print_json
+
+data_app = typer.Typer(
+    help="Data sets: synthetic ones, and checks of your own.", no_args_is_help=True
+)
+app.add_typer(data_app, name="data")
+
+Cache = Annotated[
+    Path | None, typer.Option(help="Folder of cached features; the platform's if left out.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def _one_of(kind: str, value: str, known: tuple[str, ...]) -> Any:
+    if value not in known:
+        raise unknown_name(kind, value, known)
+    return value
+
+
+@data_app.command("synth")
+def synth(
+    out: Annotated[Path, typer.Option(help="Folder for manifest.csv and images.")],
+    task: TaskName = "eyelid",
+    count: Annotated[int, typer.Option(min=1, help="How many eyes.")] = 100,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Render a labelled synthetic data set; the same bytes for the same seed."""
+    from dinotrain.tasks import get_task
+
+    from dinoexport.console import Reporter
+
+    chosen = get_task(task)
+    with Reporter().tracker() as track:
+        manifest = chosen.synthesise(
+            count, seed, out, lambda done, total: track("render", done, total)
+        )
+    if json:
+        print_json({"manifest": str(manifest), "count": count, "seed": seed})
+        return
+    typer.echo(f"{manifest}: {count} rendered, seed {seed}")
+
+
+@data_app.command("check")
+def check(
+    data: Annotated[Path, typer.Argument(help="A manifest, or the folder that holds it.")],
+    task: TaskName = "eyelid",
+    json: Json = False,
+) -> None:
+    """Read a data set as `train` would, and say what is in it."""
+    from dinotrain.tasks import get_task
+
+    dataset = get_task(task).read(data, image_size=(224, 224))
+    splits = {name: len(dataset.split(name).samples) for name in ("train", "val", "test")}
+    facts = {
+        "data": str(data),
+        "samples": len(dataset.samples),
+        "subjects": len({s.subject_id for s in dataset.samples}),
+        "splits": splits,
+        "fingerprint": dataset.fingerprint,
+    }
+    if json:
+        print_json(facts)
+        return
+    for key, value in facts.items():
+        typer.echo(f"{key:12} {value}")
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Option(help="What the task's reader reads: eyes.csv.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write (.safetensors).")],
+    task: TaskName = "eyelid",
+    backbone: Annotated[
+        str,
+        typer.Option(
+            help="dinov2_vits14, …, a weights file, a Hugging Face folder, a checkpoint, or "
+            "'embedded'."
+        ),
+    ] = "embedded",
+    head: Annotated[str, typer.Option(help="linear, mlp or ensemble.")] = "mlp",
+    members: Annotated[int, typer.Option(help="Members of an ensemble.")] = 5,
+    hidden: Annotated[int, typer.Option(help="Hidden width of the head.")] = 256,
+    features: Annotated[str, typer.Option(help="cls_mean or pyramid.")] = "cls_mean",
+    taps: Annotated[str, typer.Option(help="Blocks that a pyramid reads: 2,5,8,11.")] = "",
+    tap_norm: Annotated[str, typer.Option(help="none, final or own_ln.")] = "final",
+    encoding: Annotated[str, typer.Option(help="plain, gray or scalar.")] = "gray",
+    bits: Annotated[int, typer.Option(help="Bits per target, 1 to 24.")] = 8,
+    decoding: Annotated[str, typer.Option(help="soft or hard.")] = "soft",
+    loss: Annotated[
+        str, typer.Option(help="bce, focal, or mse for scalar; by encoding if left out.")
+    ] = "",
+    gamma: Annotated[float, typer.Option(help="Of the focal loss.")] = 2.0,
+    or_lambda: Annotated[
+        float, typer.Option(help="Weight of the orthogonality between targets.")
+    ] = 0.1,
+    optimizer: Annotated[str, typer.Option(help="adam or adamw.")] = "adam",
+    lr: Annotated[float, typer.Option(help="Learning rate of the head.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="For adamw.")] = 0.0,
+    schedule: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
+    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 32,
+    epochs: Annotated[int, typer.Option(help="At most this many.")] = 60,
+    patience: Annotated[int, typer.Option(help="Epochs without a better validation error.")] = 15,
+    image_size: ImageSize = None,
+    seed: Seed = 0,
+    weights: Annotated[
+        str, typer.Option(help="How weights are stored: float32 or float16.")
+    ] = "float32",
+    device: Device = "auto",
+    cache: Cache = None,
+    name: Annotated[str, typer.Option(help="Name that the checkpoint carries.")] = "",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a run was cut off.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Train a head on frozen features."""
+    from dinotrain.encoding import Encoding
+    from dinotrain.fit import train as run_train
+    from dinotrain.heads.branch import HeadConfig
+    from dinotrain.heads.pool import FeatureConfig
+    from dinotrain.train_config import TrainConfig
+
+    source = _resolve_backbone(backbone, task)
+    encoding = _one_of("encoding", encoding, ("plain", "gray", "scalar"))
+    config = TrainConfig(
+        task=task,
+        data=data,
+        backbone=source,
+        out=out,
+        name=name,
+        image_size=parse_size(image_size) or (224, 224),
+        features=FeatureConfig(
+            kind=_one_of("features", features, ("cls_mean", "pyramid")),
+            taps=_parse_taps(taps),
+            tap_norm=_one_of("tap norm", tap_norm, ("none", "final", "own_ln")),
+        ),
+        head=HeadConfig(
+            kind=_one_of("head", head, ("linear", "mlp", "ensemble")),
+            members=members,
+            hidden=hidden,
+        ),
+        encoding=Encoding(
+            kind=encoding,  # type: ignore[arg-type]
+            bits=bits,
+            decoding=_one_of("decoding", decoding, ("soft", "hard")),
+        ),
+        loss=_one_of(
+            "loss", loss or ("mse" if encoding == "scalar" else "bce"), ("bce", "focal", "mse")
+        ),
+        gamma=gamma,
+        or_lambda=or_lambda,
+        optimizer=_one_of("optimizer", optimizer, ("adam", "adamw")),
+        lr=lr,
+        weight_decay=weight_decay,
+        schedule=_one_of("schedule", schedule, ("cosine", "constant")),
+        batch_size=batch_size,
+        epochs=epochs,
+        patience=patience,
+        seed=seed,
+        weights=_one_of("weights", weights, ("float32", "float16")),
+        device=_one_of("device", device, ("auto", "cpu", "cuda")),
+        cache=cache,
+        resume=resume,
+    )
+    from dinotrain.checkpoint import read_config
+
+    from dinoexport.console import Reporter
+
+    with Reporter().tracker() as track:
+        path = run_train(config, track)
+    trained = read_config(path)
+    if json:
+        print_json({"path": str(path), "metrics": trained.metrics, "notice": trained.notice})
+        return
+    typer.echo(f"{path}")
+    for split, metrics in trained.metrics.items():
+        if isinstance(metrics, dict):
+            _print_metrics(split, metrics.get("targets", metrics))
+    typer.echo(trained.notice)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A trained .safetensors.")],
+    data: Annotated[Path, typer.Option(help="Labelled data.")],
+    split: Annotated[str, typer.Option(help="train, val, test or all.")] = "test",
+    device: Device = "auto",
+    cache: Cache = None,
+    json: Json = False,
+) -> None:
+    """Judge a checkpoint on labelled data, beside the mean predictor."""
+    from dinotrain.fit import evaluate as run_evaluate
+
+    from dinoexport.console import Reporter
+
+    with Reporter().tracker() as track:
+        result = run_evaluate(
+            checkpoint,
+            data,
+            split=_one_of("split", split, ("train", "val", "test", "all")),
+            cache=cache,
+            device=_one_of("device", device, ("auto", "cpu", "cuda")),
+            progress=track,
+        )
+    if json:
+        print_json(result)
+        return
+    typer.echo(f"{checkpoint} on {result['samples']} samples of {result['subjects']} subjects")
+    _print_metrics(result["split"], result["targets"])
+
+
+def _print_metrics(title: str, targets: dict[str, Any]) -> None:
+    typer.echo(title)
+    for name, metrics in targets.items():
+        if not isinstance(metrics, dict):
+            continue
+        shown = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+        typer.echo(f"  {name:6} " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+        mean = metrics.get("mean_predictor")
+        if isinstance(mean, dict):
+            shown = {k: v for k, v in mean.items() if isinstance(v, int | float)}
+            typer.echo(
+                "         mean predictor: " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
+            )
+
+
+def _resolve_backbone(name: str, task: str) -> str:
+    if name != "embedded":
+        return name
+    from dinoexport.embedded import embedded_checkpoint
+
+    return str(embedded_checkpoint(task))
+
+
+def _parse_taps(text: str) -> tuple[int, ...]:
+    if not text:
+        return ()
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"--taps '{text}' is no list of blocks; accepted: 2,5,8,11") from error

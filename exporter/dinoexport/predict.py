@@ -1,0 +1,127 @@
+"""Run a bundle's artifact on picture files, as an app would, and draw what it measured."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from dinotrain.data.images import crop_window, fit_image, read_image
+from dinotrain.errors import DataError, UsageError, unknown_name
+from dinotrain.tasks import get_task
+
+from dinoexport.bundle import Bundle, check_files, open_bundle
+from dinoexport.console import quiet
+from dinoexport.targets.table import get_target
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Named values with their units, and what computed them."""
+
+    outputs: dict[str, float]
+    units: dict[str, str]
+    runtime: str
+    notice: str
+
+
+def predict_files(
+    bundle_path: Path,
+    arguments: Sequence[str],
+    *,
+    picture: Path | None = None,
+    left_eye: str = "R",
+    px_per_mm: float | None = None,
+) -> Prediction:
+    """Predict from picture files.
+
+    Args:
+        bundle_path: a bundle; its digests are checked first.
+        arguments: ``NAME=FILE`` per input, or ``FILE`` where the task has one input.
+        picture: draw the result into this file.
+        left_eye: ``L`` mirrors the pictures into the orientation that the model was trained in.
+        px_per_mm: scale of the pictures; without it the largest centred part is taken as the
+            window.
+
+    Raises:
+        UsageError: an input is missing, unknown or named twice.
+        DataError: a picture cannot be used.
+        BundleError: the bundle is not what was built.
+    """
+    bundle = open_bundle(bundle_path)
+    files = _parse(arguments, [i.name for i in bundle.manifest.inputs])
+    if left_eye.upper() not in ("L", "R"):
+        raise UsageError(f"--eye '{left_eye}' is not accepted; L or R")
+    if px_per_mm is not None and not 0 < px_per_mm < 1e4:
+        raise UsageError(f"--px-per-mm {px_per_mm:g} is not accepted; above 0, below 10000")
+    check_files(bundle)
+    images = {
+        name: _load(file, bundle, left_eye.upper() == "L", px_per_mm)
+        for name, file in files.items()
+    }
+    with quiet(Path(os.devnull)):
+        runtime = get_target(bundle.manifest.target).runtime(bundle.artifact)
+        result = runtime.run(images)
+    order = [o.name for o in bundle.manifest.outputs]
+    outputs = {name: float(result.outputs[name].reshape(-1)[0]) for name in order}
+    prediction = Prediction(
+        outputs,
+        {o.name: o.unit for o in bundle.manifest.outputs},
+        runtime.name,
+        bundle.manifest.notice,
+    )
+    if picture:
+        caption = " · ".join(filter(None, (bundle.manifest.name, bundle.manifest.notice)))
+        drawn = get_task(bundle.manifest.task).draw(images, outputs, caption)
+        _save(drawn, picture)
+    return prediction
+
+
+def _parse(arguments: Sequence[str], names: list[str]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for argument in arguments:
+        name, separator, file = argument.partition("=")
+        if not separator:
+            if len(names) != 1:
+                raise UsageError(
+                    f"'{argument}' does not say which input it is; give "
+                    + " ".join(f"{n}=FILE" for n in names)
+                )
+            name, file = names[0], argument
+        if name not in names:
+            raise unknown_name("input", name, names)
+        if name in files:
+            raise UsageError(f"input {name} is given twice: {files[name]} and {file}")
+        files[name] = Path(file)
+    missing = [name for name in names if name not in files]
+    if missing:
+        raise UsageError(
+            f"input {missing[0]} is missing; give " + " ".join(f"{n}=FILE" for n in names)
+        )
+    return {name: files[name] for name in names}
+
+
+def _load(file: Path, bundle: Bundle, mirror: bool, px_per_mm: float | None) -> np.ndarray:
+    size = input_size(bundle)
+    image = read_image(file)
+    if px_per_mm is None:
+        fitted = fit_image(image, size)
+    else:
+        fitted = crop_window(image, px_per_mm, bundle.manifest.preprocessing.window_mm, size)
+    return np.ascontiguousarray(fitted[:, ::-1] if mirror else fitted)
+
+
+def input_size(bundle: Bundle) -> tuple[int, int]:
+    """(height, width) of a bundle's images."""
+    shape = bundle.manifest.inputs[0].shape
+    return (shape[-3], shape[-2])
+
+
+def _save(drawn, picture: Path) -> None:
+    if picture.suffix.lower() != ".png":
+        raise UsageError(f"{picture}: pictures are drawn as PNG. Use {picture.with_suffix('.png')}")
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        drawn.save(picture)
+    except OSError as error:
+        raise DataError(f"{picture}: cannot be written: {error.strerror}") from error

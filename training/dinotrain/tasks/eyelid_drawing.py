@@ -1,0 +1,304 @@
+"""The eyelid task's picture for people: its three photographs with the measured distances to scale.
+
+The model gives numbers, not places. So the corneal light reflex, which MRD1 and MRD2 start from, is
+looked for in the picture by brightness, and the drawing says so.
+"""
+
+import textwrap
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+PANEL_PX = 448
+_OVERSAMPLE = 2
+"""Drawn twice as large, then halved, for smooth lines."""
+
+_PAPER, _INK, _QUIET, _RULE = (250, 250, 248), (28, 32, 38), (104, 111, 120), (214, 216, 219)
+_COLOURS = {"mrd1": (255, 196, 61), "mrd2": (82, 205, 255), "lf": (214, 84, 120)}
+"""Apart in hue and in lightness, so that they are told apart without colour vision."""
+_CARD_COLOURS = {"mrd1": (173, 116, 0), "mrd2": (0, 112, 158), "lf": (176, 44, 84)}
+_NAMES = {
+    "mrd1": ("MRD1", "light reflex to upper lid"),
+    "mrd2": ("MRD2", "light reflex to lower lid"),
+    "lf": ("LF", "upper lid, down-gaze to up-gaze"),
+}
+_TITLES = {"primary": "primary gaze", "up": "up-gaze", "down": "down-gaze"}
+
+_SEARCH_MM = 10.0
+"""Half the side of the square around the centre in which the reflex is looked for."""
+_SPOT_MM = 1.5
+"""Bright things at least this wide are sclera or skin, not a reflex."""
+_LEAST_CONTRAST = 25.0
+
+_FOUND = "The light reflex (ring) was located by brightness in the picture."
+_LOST = "No light reflex stands out in the picture: the brackets start at the picture's centre."
+_SCALE = (
+    "Lengths are the model's values drawn to scale, not marks found in the picture; "
+    "the LF bar shows a length, not a place."
+)
+
+
+class Reflex(NamedTuple):
+    """Where the brackets start, (x, y) in mm from the picture's centre; y downwards."""
+
+    x_mm: float
+    y_mm: float
+    found: bool
+
+
+def find_reflex(image: NDArray[np.uint8], window_mm: float) -> Reflex:
+    """Look for the corneal light reflex: the brightest compact spot on dark ground near the centre.
+
+    Args:
+        image: (H, W, 3) uint8, primary gaze.
+        window_mm: width that ``image`` shows.
+
+    Returns:
+        The spot, or the centre with ``found`` false where nothing stands out (as under a lid that
+        covers the reflex).
+    """
+    px_per_mm = image.shape[1] / window_mm
+    grey = ndimage.gaussian_filter(image.astype(np.float32).mean(axis=2), 0.08 * px_per_mm)
+    reach = max(1, round(_SPOT_MM * px_per_mm / 2))
+    rows, cols = np.ogrid[-reach : reach + 1, -reach : reach + 1]
+    ground = ndimage.grey_opening(grey, footprint=rows**2 + cols**2 <= reach**2)
+    # Iris and pupil are dark: a bright gap between lashes stands before bright sclera.
+    score = (grey - ground) * (1 - ground / 255)
+    height, width = grey.shape
+    y, x = np.mgrid[:height, :width]
+    x_mm, y_mm = (x + 0.5 - width / 2) / px_per_mm, (y + 0.5 - height / 2) / px_per_mm
+    score[(np.abs(x_mm) > _SEARCH_MM) | (np.abs(y_mm) > _SEARCH_MM)] = 0
+    peak = np.unravel_index(np.argmax(score), score.shape)
+    if score[peak] < _LEAST_CONTRAST:
+        return Reflex(0.0, 0.0, False)
+    near = np.hypot(x_mm - x_mm[peak], y_mm - y_mm[peak]) < _SPOT_MM / 2
+    weights = np.where(near, score, 0)
+    total = weights.sum()
+    return Reflex(float((weights * x_mm).sum() / total), float((weights * y_mm).sum() / total), True)
+
+
+def draw_measurement(
+    images: dict[str, NDArray[np.uint8]],
+    outputs: dict[str, float],
+    caption: str,
+    window_mm: float = 40.0,
+) -> Image.Image:
+    """Draw MRD1 and MRD2 on the primary gaze, and LF between up- and down-gaze.
+
+    Args:
+        images: {"primary", "up", "down"}: (H, W, 3) uint8, each ``window_mm`` wide; a missing one
+            is drawn as an empty frame.
+        outputs: mrd1_mm, mrd2_mm, lf_mm, and their ``_std_mm`` where there are any; what is missing
+            is left out.
+        caption: notice under the pictures.
+        window_mm: width of the pictures.
+
+    Returns:
+        An RGB picture.
+    """
+    sheet = _Sheet(images, outputs, caption, window_mm)
+    return sheet.draw()
+
+
+class _Sheet:
+    """One drawing; all lengths are in final pixels, multiplied once on their way to Pillow."""
+
+    margin, ruler, gap, lf_gap = 36, 46, 20, 132
+    top, card = 36, 96
+
+    def __init__(
+        self,
+        images: dict[str, NDArray[np.uint8]],
+        outputs: dict[str, float],
+        caption: str,
+        window_mm: float,
+    ) -> None:
+        self.images, self.outputs, self.window_mm = images, outputs, window_mm
+        primary = images.get("primary")
+        self.reflex = None if primary is None else find_reflex(primary, window_mm)
+        self.px_per_mm = PANEL_PX / window_mm
+        self.height_px = max(
+            (round(PANEL_PX * i.shape[0] / i.shape[1]) for i in images.values()), default=PANEL_PX
+        )
+        first = self.margin + self.ruler
+        second = first + PANEL_PX + self.gap
+        self.left = {
+            "primary": first,
+            "up": second,
+            "down": second + PANEL_PX + self.lf_gap,
+        }
+        self.width = self.left["down"] + PANEL_PX + self.margin
+        notes = [caption] if caption else []
+        if self.reflex is not None:
+            notes.append(f"{_FOUND if self.reflex.found else _LOST} {_SCALE}")
+        self.lines = [line for note in notes for line in textwrap.wrap(note, 190)]
+        self.bottom = self.top + self.height_px
+        self.cards_top = self.bottom + 54
+        self.notes_top = self.cards_top + self.card + 26
+        self.height = self.notes_top + 24 * len(self.lines) + self.margin - 8
+        size = (self.width * _OVERSAMPLE, self.height * _OVERSAMPLE)
+        self.canvas = Image.new("RGB", size, _PAPER)
+        self.pen = ImageDraw.Draw(self.canvas, "RGBA")
+
+    def draw(self) -> Image.Image:
+        for gaze, left in self.left.items():
+            self._panel(gaze, left)
+        self._ruler()
+        if self.reflex is not None:
+            self._brackets(self.reflex)
+        self._excursion()
+        self._cards()
+        for index, line in enumerate(self.lines):
+            ink = _INK if index == 0 else _QUIET
+            self._text((self.margin, self.notes_top + 24 * index), line, 15, ink)
+        return self.canvas.resize((self.width, self.height), Image.Resampling.LANCZOS)
+
+    def _panel(self, gaze: str, left: float) -> None:
+        image = self.images.get(gaze)
+        box = (left, self.top, left + PANEL_PX, self.bottom)
+        if image is None:
+            self._box(box, fill=(236, 237, 238), outline=_RULE)
+            centre = (left + PANEL_PX / 2, (self.top + self.bottom) / 2)
+            self._text(centre, "no picture", 17, _QUIET, anchor="mm")
+        else:
+            size = PANEL_PX * _OVERSAMPLE, self.height_px * _OVERSAMPLE
+            enlarged = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+            mask = Image.new("L", size, 0)
+            radius = 10 * _OVERSAMPLE
+            ImageDraw.Draw(mask).rounded_rectangle((0, 0, size[0] - 1, size[1] - 1), radius, 255)
+            place = round(left * _OVERSAMPLE), self.top * _OVERSAMPLE
+            self.canvas.paste(enlarged, place, mask)
+        centre = (left + PANEL_PX / 2, self.bottom + 14)
+        self._text(centre, _TITLES[gaze], 16, _QUIET, anchor="ma")
+
+    def _ruler(self) -> None:
+        """Millimetres down the left side, 0 at the top."""
+        x = self.margin + self.ruler - 10
+        height_mm = self.height_px / self.px_per_mm
+        for mm in range(int(height_mm + 1e-6) + 1):
+            y = self.top + mm * self.px_per_mm
+            length = 12 if mm % 10 == 0 else 8 if mm % 5 == 0 else 4
+            self._line([(x - length, y), (x, y)], _INK if mm % 5 == 0 else _QUIET, 1.2)
+            if mm % 10 == 0:
+                self._text((x - 16, y), str(mm), 13, _INK, anchor="rm")
+        self._line([(x, self.top), (x, self.top + height_mm * self.px_per_mm)], _INK, 1.2)
+        self._text((x, self.bottom + 16), "mm", 13, _QUIET, anchor="ra")
+
+    def _brackets(self, reflex: Reflex) -> None:
+        x, y = self._place("primary", reflex.x_mm, reflex.y_mm)
+        reach = 7.6 * self.px_per_mm
+        self._dashed((x - reach, y), (x + reach, y))
+        # MRD1 stands left and MRD2 right of the eye: they cannot collide, whatever their signs.
+        if "mrd1_mm" in self.outputs:
+            self._bracket("mrd1", x, y, -reach, -self.outputs["mrd1_mm"])
+        if "mrd2_mm" in self.outputs:
+            self._bracket("mrd2", x, y, reach, self.outputs["mrd2_mm"])
+        radius = 0.85 * self.px_per_mm
+        for colour, width in (((0, 0, 0, 150), 4.0), ((255, 255, 255, 255), 1.8)):
+            self._ring(x, y, radius, colour, width)
+
+    def _bracket(self, target: str, x: float, y: float, offset: float, down_mm: float) -> None:
+        """A bracket from the reflex's height, ``down_mm`` below it, and its value."""
+        end = y + down_mm * self.px_per_mm
+        bar = x + offset
+        inner = x + offset * 0.12
+        colour = _COLOURS[target]
+        for ink, extra in (((0, 0, 0, 120), 2.4), (colour, 0.0)):
+            self._line([(bar, y), (bar, end)], ink, 3.0 + extra)
+            self._line([(bar, end), (inner, end)], ink, 1.8 + extra)
+            for edge in (y, end):
+                self._line([(bar - 6, edge), (bar + 6, edge)], ink, 3.0 + extra)
+        side = 1 if offset > 0 else -1
+        text = f"{_NAMES[target][0]} {self.outputs[target + '_mm']:.1f}"
+        anchor = "lm" if side > 0 else "rm"
+        self._tag((bar + 14 * side, (y + end) / 2), text, colour, anchor)
+
+    def _excursion(self) -> None:
+        """LF as a bar between up- and down-gaze, its millimetres marked."""
+        value = self.outputs.get("lf_mm")
+        if value is None:
+            return
+        x = self.left["up"] + PANEL_PX + self.lf_gap / 2
+        middle = (self.top + self.bottom) / 2
+        half = min(max(value, 0.0) * self.px_per_mm / 2, self.height_px / 2)
+        low, high = middle + half, middle - half
+        colour = _COLOURS["lf"]
+        self._line([(x, high), (x, low)], colour, 3.5)
+        for mm in range(1, int(max(value, 0.0)) + 1):
+            y = low - mm * self.px_per_mm
+            if y > high + 1:
+                wide = 7 if mm % 5 == 0 else 4
+                self._line([(x - wide, y), (x + wide, y)], colour, 1.4)
+        for edge in (high, low):
+            self._line([(x - 15, edge), (x + 15, edge)], colour, 3.5)
+        self._text((x, high - 32), f"LF {value:.1f}", 18, _CARD_COLOURS["lf"], anchor="mm")
+        self._text((x, high - 13), "up", 13, _QUIET, anchor="mm")
+        self._text((x, low + 14), "down", 13, _QUIET, anchor="mm")
+
+    def _cards(self) -> None:
+        width = (self.width - 2 * self.margin - 2 * self.gap) / 3
+        for index, (target, (name, meaning)) in enumerate(_NAMES.items()):
+            left = self.margin + index * (width + self.gap)
+            top = self.cards_top
+            self._box((left, top, left + width, top + self.card), (255, 255, 255), _RULE)
+            ink = _CARD_COLOURS[target]
+            self._box((left, top + 14, left + 5, top + self.card - 14), ink, ink, radius=2)
+            self._text((left + 24, top + 22), name, 22, ink)
+            self._text((left + 24, top + 56), meaning, 15, _QUIET)
+            value = self.outputs.get(f"{target}_mm")
+            std = self.outputs.get(f"{target}_std_mm")
+            right = left + width - 22
+            spread = "" if std is None else f" ± {std:.2f}"
+            number = "–" if value is None else f"{value:.2f}"
+            end = self._text((right, top + self.card / 2), " mm", 17, _QUIET, anchor="rm")
+            if value is not None and spread:
+                end = self._text((end, top + self.card / 2), spread, 19, _QUIET, anchor="rm")
+            self._text((end - 2, top + self.card / 2), number, 40, _INK, anchor="rm")
+
+    def _place(self, gaze: str, x_mm: float, y_mm: float) -> tuple[float, float]:
+        x = self.left[gaze] + PANEL_PX / 2 + x_mm * self.px_per_mm
+        return x, (self.top + self.bottom) / 2 + y_mm * self.px_per_mm
+
+    def _tag(self, at: tuple[float, float], text: str, colour: tuple, anchor: str) -> None:
+        """Text on a dark label, readable on any skin."""
+        box = self.pen.textbbox(_up(at), text, font=_font(16), anchor=anchor)
+        pad_x, pad_y = 7 * _OVERSAMPLE, 5 * _OVERSAMPLE
+        around = (box[0] - pad_x, box[1] - pad_y, box[2] + pad_x, box[3] + pad_y)
+        self.pen.rounded_rectangle(around, 6 * _OVERSAMPLE, (16, 20, 26, 205))
+        self.pen.text(_up(at), text, font=_font(16), fill=colour, anchor=anchor)
+
+    def _text(
+        self, at: tuple[float, float], text: str, size: int, ink: tuple, anchor: str = "la"
+    ) -> float:
+        """Write text; returns its left edge."""
+        self.pen.text(_up(at), text, font=_font(size), fill=ink, anchor=anchor)
+        box = self.pen.textbbox(_up(at), text, font=_font(size), anchor=anchor)
+        return box[0] / _OVERSAMPLE
+
+    def _line(self, points: list[tuple[float, float]], ink: tuple, width: float) -> None:
+        self.pen.line([_up(point) for point in points], ink, max(1, round(width * _OVERSAMPLE)))
+
+    def _dashed(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+        x, y = start
+        while x < end[0]:
+            self._line([(x, y), (min(x + 5, end[0]), y)], (255, 255, 255, 190), 1.4)
+            x += 10
+
+    def _ring(self, x: float, y: float, radius: float, ink: tuple, width: float) -> None:
+        box = [*_up((x - radius, y - radius)), *_up((x + radius, y + radius))]
+        self.pen.ellipse(box, outline=ink, width=round(width * _OVERSAMPLE))
+
+    def _box(self, box: tuple, fill: tuple, outline: tuple, radius: float = 10) -> None:
+        scaled = [value * _OVERSAMPLE for value in box]
+        self.pen.rounded_rectangle(scaled, radius * _OVERSAMPLE, fill, outline, _OVERSAMPLE)
+
+
+def _up(point: tuple[float, float]) -> tuple[float, float]:
+    return point[0] * _OVERSAMPLE, point[1] * _OVERSAMPLE
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size * _OVERSAMPLE)
