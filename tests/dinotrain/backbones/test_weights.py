@@ -375,8 +375,6 @@ def edited(layout: str, edit) -> dict[str, torch.Tensor]:
         ),
     ],
     ids=lambda value: value[0][:40] if isinstance(value, list) else None,
-        value[0][:40] if isinstance(value, list) else getattr(value, "__name__", None)
-    ),
 )
 def test_state_dicts_are_held_to_their_architecture(tmp_path, layout, edit, parts):
     torch.save(edited(layout, edit), tmp_path / "weights.pth")
