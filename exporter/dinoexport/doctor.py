@@ -1,4 +1,4 @@
-"""Is this installation able to do the main job? Versions, devices, space, the embedded checkpoint."""
+"""Can this installation do the main job? Versions, devices, space, the embedded checkpoint."""
 
 import os
 import platform

@@ -85,6 +85,7 @@ class Structure(_Frozen, kw_only=True):
     threshold_db: float
     worst_tap: str
     worst_db: float
+    gelu: tuple[str, ...]
     passed: bool
 
 
@@ -174,8 +175,8 @@ def describe_preprocessing(config: CheckpointConfig) -> Preprocessing:
         window_mm=config.window_mm,
         orientation=config.orientation,
         app=(
-            f"crop the {config.window_mm:g} mm window, mirror left eyes, resize to {width}×{height} "
-            "pixels (bicubic, antialiased), 8-bit RGB"
+            f"crop the {config.window_mm:g} mm window, mirror left eyes, resize to "
+            f"{width}×{height} pixels (bicubic, antialiased), 8-bit RGB"
         ),
         model=f"scales to 0..1 and normalises with mean {config.mean} and std {config.std}",
     )

@@ -172,4 +172,8 @@ def round_weights_(model: DeployModel, precision: str) -> DeployModel:
                 "Build with --precision fp32."
             )
         weight.copy_(rounded)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            # Core ML stores epsilon in half precision too: 1e-6 becomes 1.0133e-6.
+            module.eps = float(torch.tensor(module.eps).half())
     return model

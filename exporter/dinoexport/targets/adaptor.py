@@ -1,4 +1,4 @@
-"""The input adaptor of targets that take uint8 NHWC tensors; the captured program stands behind it."""
+"""The input adaptor of targets that take uint8 NHWC tensors, before the captured program."""
 
 import torch
 from torch import Tensor, nn

@@ -84,6 +84,13 @@ class Target(ABC):
     def count_operations(self, path: Path) -> dict[str, int]:
         """Return how often each operation occurs, most frequent first."""
 
+    @abstractmethod
+    def gelu_forms(self, path: Path) -> set[str]:
+        """Return which forms of GELU the artifact computes: ``exact``, ``tanh``, ``sigmoid``.
+
+        Where activations are small the forms differ by less than rounding, so taps cannot tell.
+        """
+
     def minimum_os(self, options: LowerOptions) -> str:
         """Return the oldest system that runs the artifact, as the manifest says it."""
         return ""

@@ -1,6 +1,6 @@
 """Name the first layer at which an artifact leaves its reference."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dinoexport.manifest import Blame, OutputParity, TapParity
 
@@ -8,7 +8,10 @@ NOTABLE_DROP_DB = 3.0
 
 
 def blame_structure(
-    taps: Mapping[str, TapParity], outputs: Mapping[str, OutputParity], threshold_db: float
+    taps: Mapping[str, TapParity],
+    outputs: Mapping[str, OutputParity],
+    threshold_db: float,
+    gelu_forms: Sequence[str] = ("exact",),
 ) -> Blame:
     """Blame the first tap below the threshold, else the head and decoder behind the last tap.
 
@@ -16,6 +19,7 @@ def blame_structure(
         taps: in the order of the graph.
         outputs: of the run in exact arithmetic.
         threshold_db: of the structural gate.
+        gelu_forms: that the artifact computes; DINOv2 has the exact one.
     """
     previous, previous_db = "input", 200.0
     for name, tap in taps.items():
@@ -32,6 +36,16 @@ def blame_structure(
                 ),
             )
         previous, previous_db = name, tap.structure_db
+    wrong = [form for form in gelu_forms if form != "exact"]
+    if wrong:
+        return Blame(
+            gate="structure",
+            layer="gelu",
+            sqnr_db=previous_db,
+            previous_layer=previous,
+            previous_db=previous_db,
+            message=f"the artifact computes the {wrong[0]} form of GELU, DINOv2 has the exact one",
+        )
     return _blame_head("structure", previous, previous_db, outputs)
 
 

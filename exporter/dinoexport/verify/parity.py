@@ -77,17 +77,20 @@ def verify_artifact(
         for name in taps
     }
     worst = min(tap_parity, key=lambda name: tap_parity[name].structure_db)
+    forms = tuple(sorted(target.gelu_forms(path)))
     structure = Structure(
         runtime=exact_runtime.name,
         threshold_db=STRUCTURE_DB,
         worst_tap=worst,
         worst_db=tap_parity[worst].structure_db,
+        gelu=forms,
         passed=tap_parity[worst].structure_db >= STRUCTURE_DB
-        and all(output.passed for output in structural.values()),
+        and all(output.passed for output in structural.values())
+        and set(forms) <= {"exact"},
     )
     blame: Blame | None = None
     if not structure.passed:
-        blame = blame_structure(tap_parity, structural, STRUCTURE_DB)
+        blame = blame_structure(tap_parity, structural, STRUCTURE_DB, forms)
     elif not all(output.passed for output in outputs.values()):
         blame = blame_outputs(tap_parity, outputs)
     return Verdict(

@@ -16,8 +16,8 @@ from dinotrain.backbones.position import PositionRule, resample_position
 from dinotrain.errors import ShapeError, UsageError
 
 TapNorm = Literal["none", "final", "own_ln"]
-"""``none``: block outputs as they are. ``final``: through the backbone's last LayerNorm. ``own_ln``:
-as ``none`` here, with one trained LayerNorm per tap in the head."""
+"""``none``: block outputs as they are. ``final``: through the backbone's last LayerNorm.
+``own_ln``: as ``none`` here, with one trained LayerNorm per tap in the head."""
 
 
 class ViTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -246,8 +246,8 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> BackboneOutput:
         """(B, 3, H, W) float32, normalised → tokens after the final LayerNorm."""
-        x = self.tokens(images, mask)
-        for _, x in self.run_blocks(x):
+        x = tokens = self.tokens(images, mask)
+        for _index, x in self.run_blocks(tokens):  # noqa: B007 (the last output is wanted)
             pass
         return self.split(self.norm(x))
 
@@ -281,9 +281,9 @@ class VisionTransformer(nn.Module):
             )
         if norm not in ("none", "final", "own_ln"):
             raise UsageError(f"unknown tap norm '{norm}'. Known: none, final, own_ln.")
-        x = self.tokens(images)
+        x = tokens = self.tokens(images)
         found: dict[int, Tensor] = {}
-        for index, x in self.run_blocks(x):
+        for index, x in self.run_blocks(tokens):
             if index in blocks:
                 found[index] = self.split(self.norm(x) if norm == "final" else x).patch_tokens
         return self.split(self.norm(x)), [found[block] for block in blocks]
@@ -313,7 +313,7 @@ _PUBLISHED_TAPS = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
 
 
 def default_taps(depth: int) -> tuple[int, ...]:
-    """Four taps: the published ones, else evenly spaced up to the last block. Source: METHODS A5."""
+    """Four taps: the published ones, else evenly spaced to the last block. Source: METHODS A5."""
     if depth in _PUBLISHED_TAPS:
         return _PUBLISHED_TAPS[depth]
     if depth < 4:

@@ -43,6 +43,18 @@ class CoremlTarget(Target):
 
         return dict(open_package(path).spec.description.metadata.userDefined)
 
+    def gelu_forms(self, path: Path) -> set[str]:
+        """Read the ``mode`` of each gelu."""
+        from dinoexport.targets.coreml.evaluator import PackageEvaluator
+
+        forms = {"EXACT": "exact", "TANH_APPROXIMATION": "tanh"}
+        modes = {
+            str(op.settings.get("mode", "EXACT"))
+            for op in PackageEvaluator(path).operations
+            if op.kind == "gelu"
+        }
+        return {forms.get(mode, mode.lower()) for mode in modes}
+
     def count_operations(self, path: Path) -> dict[str, int]:
         """Count MIL operations, constants left out."""
         from dinoexport.targets.coreml.evaluator import PackageEvaluator

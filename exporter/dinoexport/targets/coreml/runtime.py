@@ -21,7 +21,7 @@ def open_runtime(path: Path, taps: Mapping[str, str], *, exact: bool) -> Runtime
 
 
 class EvaluatorRuntime(Runtime):
-    """The package's own program and weights, operation by operation; Apple's kernels are not run."""
+    """The package's own program and weights, operation by operation, without Apple's kernels."""
 
     def __init__(self, path: Path, taps: Mapping[str, str], *, exact: bool) -> None:
         self._evaluator = PackageEvaluator(path)

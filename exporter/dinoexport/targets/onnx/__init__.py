@@ -47,6 +47,12 @@ class OnnxTarget(Target):
 
         return {p.key: p.value for p in load(path).metadata_props}
 
+    def gelu_forms(self, path: Path) -> set[str]:
+        """Read the ``approximate`` attribute of each Gelu."""
+        from dinoexport.targets.onnx.runtime import gelu_forms, load
+
+        return gelu_forms(load(path))
+
     def count_operations(self, path: Path) -> dict[str, int]:
         """Count node types."""
         from dinoexport.targets.onnx.runtime import load

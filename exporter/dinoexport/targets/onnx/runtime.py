@@ -26,6 +26,16 @@ def load(path: Path) -> ModelProto:
         raise BundleError(f"{path}: not a readable ONNX file: {error}. Build it again.") from error
 
 
+def gelu_forms(model: ModelProto) -> set[str]:
+    """Return the forms of Gelu in a model: ``exact`` or ``tanh``."""
+    forms = set()
+    for node in model.graph.node:
+        if node.op_type == "Gelu":
+            texts = [a.s.decode() for a in node.attribute if a.name == "approximate"]
+            forms.add("tanh" if texts == ["tanh"] else "exact")
+    return forms
+
+
 class OnnxRuntime(Runtime):
     """onnxruntime's CPU provider."""
 

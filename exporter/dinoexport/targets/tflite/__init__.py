@@ -49,6 +49,12 @@ class TfliteTarget(Target):
 
         return read_metadata(path)
 
+    def gelu_forms(self, path: Path) -> set[str]:
+        """Read the ``approximate`` option of each GELU."""
+        from dinoexport.targets.tflite.runtime import gelu_forms
+
+        return gelu_forms(path)
+
     def count_operations(self, path: Path) -> dict[str, int]:
         """Count operators."""
         from dinoexport.targets.tflite.runtime import TfliteRuntime

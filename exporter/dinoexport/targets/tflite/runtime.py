@@ -113,6 +113,27 @@ class TfliteRuntime(Runtime):
         ]
 
 
+def gelu_forms(path: Path) -> set[str]:
+    """Return the forms of GELU in a file: ``exact`` or ``tanh``.
+
+    Raises:
+        BundleError: it is no flatbuffer.
+    """
+    try:
+        model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(path.read_bytes(), 0))
+        codes = [code.builtinCode for code in model.operatorCodes]
+        return {
+            "tanh" if operator.builtinOptions.approximate else "exact"
+            for graph in model.subgraphs
+            for operator in graph.operators
+            if codes[operator.opcodeIndex] == schema.BuiltinOperator.GELU
+        }
+    except Exception as error:  # a damaged flatbuffer fails in any access
+        raise BundleError(
+            f"{path}: not a readable TFLite file: {error}. Build it again."
+        ) from error
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """Return the metadata pairs of a file.
 
