@@ -295,9 +295,7 @@ def test_a_nan_loss_at_once_is_an_error_and_leaves_the_output(config, monkeypatc
     path = train(config)
     before = path.read_bytes()
     spoil(monkeypatch, after=1)
-    with pytest.raises(
-        UsageError, match=r"the loss is nan in epoch 1, batch 2.*Lower the learning"
-    ):
+    with pytest.raises(UsageError, match=r"nan in epoch 1, batch 2.*Lower the learning"):
         train(config)
     assert path.read_bytes() == before
 

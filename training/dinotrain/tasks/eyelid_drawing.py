@@ -4,7 +4,6 @@ The model gives numbers, not places. So the corneal light reflex, which MRD1 and
 looked for in the picture by brightness, and the drawing says so.
 """
 
-import textwrap
 from typing import NamedTuple
 
 import numpy as np
@@ -31,10 +30,17 @@ _SEARCH_MM = 10.0
 """Half the side of the square around the centre in which the reflex is looked for."""
 _SPOT_MM = 1.5
 """Bright things at least this wide are sclera or skin, not a reflex."""
-_LEAST_CONTRAST = 25.0
+_LEAST_CONTRAST = 80.0
+"""Of 255. Over 120 rendered eyes a visible reflex scored 146 or more, lashes mostly below 70."""
+
+_DASHES = dict.fromkeys(map(ord, "–—−‑"), "-")
+"""The built-in font has no dash but the hyphen."""
 
 _FOUND = "The light reflex (ring) was located by brightness in the picture."
-_LOST = "No light reflex stands out in the picture: the brackets start at the picture's centre."
+_LOST = (
+    "No light reflex stands out in the picture: MRD1 and MRD2 stand below the eye, as lengths only."
+)
+_LOST_BELOW_MM = 11.0
 _SCALE = (
     "Lengths are the model's values drawn to scale, not marks found in the picture; "
     "the LF bar shows a length, not a place."
@@ -67,17 +73,19 @@ def find_reflex(image: NDArray[np.uint8], window_mm: float) -> Reflex:
     ground = ndimage.grey_opening(grey, footprint=rows**2 + cols**2 <= reach**2)
     # Iris and pupil are dark: a bright gap between lashes stands before bright sclera.
     score = (grey - ground) * (1 - ground / 255)
-    height, width = grey.shape
+    height, width = image.shape[:2]
     y, x = np.mgrid[:height, :width]
     x_mm, y_mm = (x + 0.5 - width / 2) / px_per_mm, (y + 0.5 - height / 2) / px_per_mm
     score[(np.abs(x_mm) > _SEARCH_MM) | (np.abs(y_mm) > _SEARCH_MM)] = 0
-    peak = np.unravel_index(np.argmax(score), score.shape)
+    peak = divmod(int(np.argmax(score)), width)
     if score[peak] < _LEAST_CONTRAST:
         return Reflex(0.0, 0.0, False)
     near = np.hypot(x_mm - x_mm[peak], y_mm - y_mm[peak]) < _SPOT_MM / 2
     weights = np.where(near, score, 0)
     total = weights.sum()
-    return Reflex(float((weights * x_mm).sum() / total), float((weights * y_mm).sum() / total), True)
+    return Reflex(
+        float((weights * x_mm).sum() / total), float((weights * y_mm).sum() / total), True
+    )
 
 
 def draw_measurement(
@@ -134,7 +142,10 @@ class _Sheet:
         notes = [caption] if caption else []
         if self.reflex is not None:
             notes.append(f"{_FOUND if self.reflex.found else _LOST} {_SCALE}")
-        self.lines = [line for note in notes for line in textwrap.wrap(note, 190)]
+        notes = [note.translate(_DASHES) for note in notes]
+        self.lines = [
+            line for note in notes for line in _wrapped(note, self.width - 2 * self.margin)
+        ]
         self.bottom = self.top + self.height_px
         self.cards_top = self.bottom + 54
         self.notes_top = self.cards_top + self.card + 26
@@ -188,14 +199,19 @@ class _Sheet:
         self._text((x, self.bottom + 16), "mm", 13, _QUIET, anchor="ra")
 
     def _brackets(self, reflex: Reflex) -> None:
-        x, y = self._place("primary", reflex.x_mm, reflex.y_mm)
-        reach = 7.6 * self.px_per_mm
-        self._dashed((x - reach, y), (x + reach, y))
+        # Without a place to start from, brackets on the eye would seem to mark its lids wrongly.
+        below = 0.0 if reflex.found else _LOST_BELOW_MM
+        x, y = self._place("primary", reflex.x_mm, reflex.y_mm + below)
+        reach = 7.6 * self.px_per_mm if reflex.found else 12
+        if reflex.found:
+            self._dashed((x - reach, y), (x + reach, y))
         # MRD1 stands left and MRD2 right of the eye: they cannot collide, whatever their signs.
         if "mrd1_mm" in self.outputs:
             self._bracket("mrd1", x, y, -reach, -self.outputs["mrd1_mm"])
         if "mrd2_mm" in self.outputs:
             self._bracket("mrd2", x, y, reach, self.outputs["mrd2_mm"])
+        if not reflex.found:
+            return
         radius = 0.85 * self.px_per_mm
         for colour, width in (((0, 0, 0, 150), 4.0), ((255, 255, 255, 255), 1.8)):
             self._ring(x, y, radius, colour, width)
@@ -204,7 +220,7 @@ class _Sheet:
         """A bracket from the reflex's height, ``down_mm`` below it, and its value."""
         end = y + down_mm * self.px_per_mm
         bar = x + offset
-        inner = x + offset * 0.12
+        inner = x - offset * 0.15
         colour = _COLOURS[target]
         for ink, extra in (((0, 0, 0, 120), 2.4), (colour, 0.0)):
             self._line([(bar, y), (bar, end)], ink, 3.0 + extra)
@@ -212,7 +228,7 @@ class _Sheet:
             for edge in (y, end):
                 self._line([(bar - 6, edge), (bar + 6, edge)], ink, 3.0 + extra)
         side = 1 if offset > 0 else -1
-        text = f"{_NAMES[target][0]} {self.outputs[target + '_mm']:.1f}"
+        text = f"{_NAMES[target][0]} {_signed(self.outputs[target + '_mm'], 1)}"
         anchor = "lm" if side > 0 else "rm"
         self._tag((bar + 14 * side, (y + end) / 2), text, colour, anchor)
 
@@ -234,7 +250,7 @@ class _Sheet:
                 self._line([(x - wide, y), (x + wide, y)], colour, 1.4)
         for edge in (high, low):
             self._line([(x - 15, edge), (x + 15, edge)], colour, 3.5)
-        self._text((x, high - 32), f"LF {value:.1f}", 18, _CARD_COLOURS["lf"], anchor="mm")
+        self._text((x, high - 32), f"LF {_signed(value, 1)}", 18, _CARD_COLOURS["lf"], anchor="mm")
         self._text((x, high - 13), "up", 13, _QUIET, anchor="mm")
         self._text((x, low + 14), "down", 13, _QUIET, anchor="mm")
 
@@ -252,7 +268,7 @@ class _Sheet:
             std = self.outputs.get(f"{target}_std_mm")
             right = left + width - 22
             spread = "" if std is None else f" ± {std:.2f}"
-            number = "–" if value is None else f"{value:.2f}"
+            number = "-" if value is None else _signed(value, 2)
             end = self._text((right, top + self.card / 2), " mm", 17, _QUIET, anchor="rm")
             if value is not None and spread:
                 end = self._text((end, top + self.card / 2), spread, 19, _QUIET, anchor="rm")
@@ -294,6 +310,23 @@ class _Sheet:
     def _box(self, box: tuple, fill: tuple, outline: tuple, radius: float = 10) -> None:
         scaled = [value * _OVERSAMPLE for value in box]
         self.pen.rounded_rectangle(scaled, radius * _OVERSAMPLE, fill, outline, _OVERSAMPLE)
+
+
+def _signed(value: float, digits: int) -> str:
+    # Not "-0.0".
+    return f"{value:.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
+
+
+def _wrapped(text: str, width: float) -> list[str]:
+    """Break text at spaces into lines at most ``width`` final pixels wide."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _font(15).getlength(longer) > width * _OVERSAMPLE:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def _up(point: tuple[float, float]) -> tuple[float, float]:
