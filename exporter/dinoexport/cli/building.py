@@ -47,7 +47,7 @@ def build(
         print_json({"passed": result.passed, "bundles": [_bundle_json(b) for b in result.bundles]})
     else:
         for bundle in result.bundles:
-            _print_verdict(str(bundle.path), bundle.verdict, bundle.size_bytes)
+            print_verdict(str(bundle.path), bundle.verdict, bundle.size_bytes)
     if not result.passed:
         raise typer.Exit(FAILED)
 
@@ -68,7 +68,7 @@ def verify(
     if json:
         print_json(_verdict_json(verdict))
     else:
-        _print_verdict(str(bundle), verdict)
+        print_verdict(str(bundle), verdict)
     if not verdict.passed:
         raise typer.Exit(FAILED)
 
@@ -136,7 +136,7 @@ def _bundle_json(bundle: Any) -> dict[str, Any]:
     }
 
 
-def _print_verdict(title: str, verdict: Any, size_bytes: int | None = None) -> None:
+def print_verdict(title: str, verdict: Any, size_bytes: int | None = None) -> None:
     size = f", {size_bytes / 1e6:.1f} MB" if size_bytes else ""
     typer.echo(f"{'PASS' if verdict.passed else 'FAIL'}  {title}{size}")
     for name, output in verdict.outputs.items():
