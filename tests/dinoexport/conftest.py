@@ -54,7 +54,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Path]:
-    """Give the bundle of (target, precision), built when it is first asked for; do not change it."""
+    """Give the bundle of (target, precision), built at the first request; do not change it."""
     out = tmp_path_factory.mktemp("bundles")
     done: dict[tuple[str, str], Path] = {}
 
