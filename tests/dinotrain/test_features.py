@@ -161,6 +161,19 @@ def test_a_backbone_that_gives_nan_is_refused(model, dataset, tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_features_are_taken_in_full_float32(model, dataset, tmp_path, monkeypatch):
+    seen = []
+    extract = model.extract
+
+    def spy(pixels):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return extract(pixels)
+
+    monkeypatch.setattr(model, "extract", spy)
+    FeatureStore(model, tmp_path).get(first_image(dataset))
+    assert seen == [False]
+
+
 def test_a_cache_that_cannot_be_written(model, dataset, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="--cache"):

@@ -192,7 +192,10 @@ class FeatureStore:
             pixels.append(torch.from_numpy(loaded).permute(2, 0, 1))
         if not readable:
             return []
-        values = self.model.extract(torch.stack(pixels).to(self._device())).float().cpu()
+        # A GPU's convolutions default to TF32, ten bits of mantissa: an entry from one would not
+        # serve a CPU.
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            values = self.model.extract(torch.stack(pixels).to(self._device())).float().cpu()
         self.computed += len(readable)
         result = []
         for image, value in zip(readable, values, strict=True):

@@ -303,7 +303,7 @@ def _check_together(rows: list[_Row]) -> list[tuple[int, str]]:
             problems.append((row.line, f"{'/'.join(view)} is already in row {first.line}"))
         same = pictures.setdefault(row.image.digest, row)
         if same is not row:
-            problems.append((row.line, f"the same picture as in row {same.line}"))
+            problems.append((row.line, f"the same picture as in row {same.line}; cut one per eye"))
         if row.split:
             other = splits.setdefault(row.subject_id, row)
             if other.split != row.split:
