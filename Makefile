@@ -30,7 +30,7 @@ unit: install
 
 # Reproduces the embedded checkpoint: backbone on rendered eyes, then a head on its frozen features.
 checkpoint: install
-	$(BIN)/python -m dinotrain.pretrain.embedded
+	$(BIN)/python -m dinotrain.pretrain.embedded --out exporter/dinoexport/assets/eyelid-vitti14_eyes-224.safetensors
 
 bench: install
 	$(BIN)/python -m dinobench.build_cost

@@ -1,0 +1,63 @@
+"""Makes the embedded checkpoint: a backbone on rendered eyes, frozen, then a head on its features.
+
+``python -m dinotrain.pretrain.embedded --out FILE`` reproduces it: the same eyes and the same recipe;
+the bits differ between machines, the metrics by their noise.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dinotrain.data.synthetic.eyes import write_dataset
+from dinotrain.encoding import Encoding
+from dinotrain.fit import train
+from dinotrain.heads.branch import HeadConfig
+from dinotrain.pretrain.dense import main as train_backbone
+from dinotrain.train_config import TrainConfig
+
+STEPS = 6000
+HEAD_EYES = 2500
+HEAD_SEED = 2026
+BACKBONE_NOTE = "rendered eyes of dinotrain.data.synthetic.eyes, dense supervision"
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Checkpoint to write, .safetensors.")],
+    work: Annotated[
+        Path, typer.Option(help="Rendered eyes and the backbone are kept here.")
+    ] = Path(tempfile.gettempdir()) / "dinotrain-embedded",
+    backbone: Annotated[
+        Path | None, typer.Option(help="A backbone that was trained before; skips its training.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Training steps of the backbone.")] = STEPS,
+    eyes: Annotated[
+        int, typer.Option(help="Eyes that the head is trained and judged on.")
+    ] = HEAD_EYES,
+) -> None:
+    """Train backbone and head, and write one checkpoint in half precision."""
+    weights = backbone or work / "backbone.safetensors"
+    if not weights.is_file():
+        train_backbone(out=weights, steps=steps)
+    # Subjects of another seed than the backbone's, so that the head's test split is new to both.
+    manifest = write_dataset(eyes, HEAD_SEED, work / f"eyes-{eyes}")
+    config = TrainConfig(
+        data=manifest,
+        backbone=str(weights),
+        out=out,
+        name=out.stem,
+        head=HeadConfig(kind="mlp"),
+        encoding=Encoding(kind="gray", bits=8),
+        epochs=120,
+        patience=30,
+        seed=1,
+        weights="float16",
+        cache=work / "features",
+        backbone_note=BACKBONE_NOTE,
+    )
+    train(config)
+
+
+if __name__ == "__main__":
+    typer.run(main)
