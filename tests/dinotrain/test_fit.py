@@ -121,6 +121,26 @@ def test_it_learns_what_the_features_hold(config):
         assert metrics[name]["mae_mm"] < 0.9 * metrics[name]["mean_predictor"]["mae_mm"]
 
 
+@pytest.mark.parametrize("kind", ["plain", "gray"])
+@pytest.mark.parametrize("head", ["linear", "ensemble"])
+def test_a_head_starts_at_the_mean_of_the_labels(config, tiny_eyes, tiny_backbone, kind, head):
+    config = change(config, encoding=Encoding(kind=kind), head=HeadConfig(kind=head))
+    model = fit._build(config, load_backbone(tiny_backbone)).eval()
+    dataset = model.task.read(tiny_eyes, image_size=(28, 28)).split("train")
+    labels = dataset.labels(["mrd1", "mrd2", "lf"])
+    fit._fit_bias_(model, labels)
+    for weight in model.head.output_weights():
+        weight.data.zero_()
+    features = {i.name: torch.randn(1, model.pool.width) for i in model.task.inputs}
+    outputs = model.decode(model.logits(features))
+    for index, (target, middle) in enumerate((("mrd1", 2.0), ("mrd2", 8.0), ("lf", 16.0))):
+        mean = np.nanmean(labels[:, index])
+        # Plain bits give the mean itself, but for the floor on sure bits; Gray bits, which are
+        # not independent, come nearer than zero biases, which give the middle of the range.
+        allowed = 0.15 * middle if kind == "plain" else max(0.6 * abs(mean - middle), 0.8)
+        assert abs(outputs[f"{target}_mm"].item() - mean) < allowed
+
+
 RECIPES = {
     "mlp-gray-bce": {},
     "linear-plain-focal": {

@@ -129,7 +129,7 @@ class FeatureStore:
             progress("features", done, len(images))
         if problems:
             more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-            raise DataError("\n  ".join([*problems[:SHOWN], *more]))
+            raise DataError(";\n  ".join([*problems[:SHOWN], *more]))
 
     def get(self, image: ImageRef) -> Tensor:
         """Features of one picture, float32 on the CPU."""

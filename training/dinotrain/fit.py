@@ -170,6 +170,8 @@ class _Run:
         self.bit_weights = bit_weights(config.encoding.width, config.bit_rho).to(self.device)
         if config.encoding.kind == "scalar":
             _fit_scale_(model, self.labels)
+        else:
+            _fit_bias_(model, self.labels)
         self.parameters = _trained(model)
         adam = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         self.optimizer = adam(
@@ -352,6 +354,29 @@ def _fit_scale_(model: TaskModel, labels: Values) -> None:
     spread = np.nanstd(labels, axis=0)
     model.decoder.mean.copy_(torch.from_numpy(np.nanmean(labels, axis=0)))
     model.decoder.std.copy_(torch.from_numpy(np.where(spread > 0, spread, 1.0)))
+
+
+def _fit_bias_(model: TaskModel, labels: Values) -> None:
+    """Set the output biases to how often each bit is set in the training labels, in place.
+
+    A head then starts near the labels' mean instead of the middle of their range.
+    """
+    values = torch.from_numpy(labels).to(model.decoder.low.device)
+    config = model.config.encoding
+    bits = encode(values, model.decoder.low, model.decoder.span, config)
+    labelled = (~values.isnan()).unsqueeze(-1)
+    often = (bits * labelled).sum(dim=0) / labelled.sum(dim=0)
+    # One and a half labels at least on either side: no bit starts as certain.
+    least = 1.5 / (labelled.sum(dim=0) + 3)
+    prior = torch.logit(torch.minimum(torch.maximum(often, least), 1 - least)).float()
+    for member in model.head.members:
+        first = 0
+        for branch in model.head.branches:
+            output = member[branch.name][-1]  # type: ignore[index]
+            last = first + branch.targets
+            with torch.no_grad():
+                output.bias.copy_(prior[first:last].flatten())
+            first = last
 
 
 def _check_labels(model: TaskModel, dataset: Dataset) -> None:

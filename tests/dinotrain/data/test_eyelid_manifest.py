@@ -190,7 +190,7 @@ def test_the_fingerprint_follows_content_not_place(folder, tmp_path):
 def test_a_bad_cell(folder, cells, message):
     folder.add()
     folder.add("s2", **cells)
-    text = folder.refuses("1 problem\n  row 3: ", message)
+    text = folder.refuses("1 problem:\n  row 3: ", message)
     assert str(folder.path / "images") not in text
 
 
@@ -231,7 +231,9 @@ def test_labels_that_differ_within_an_eye(folder):
 def test_an_eye_without_primary_gaze(folder):
     folder.add()
     folder.add("s2", gaze="up")
-    folder.refuses("row 3: eye s2/R has no picture in primary gaze")
+    folder.refuses("1 problem", "row 3: eye s2/R has no picture in primary gaze")
+    folder.rows[0]["eye"] = "X"
+    assert "no picture in" not in folder.refuses("row 2: eye is 'X'")
 
 
 def test_a_row_with_too_many_or_too_few_fields(folder):

@@ -95,6 +95,9 @@ def read_manifest(
     if not count:
         raise DataError(f"{file}: the manifest has a header and no rows. Add one row per picture.")
     problems += _check_together(rows)
+    if not problems:
+        # A bad row may be the missing one: asked only once all are good.
+        problems = _check_primary(rows)
     if problems:
         raise _report(file, problems)
     samples = _group(rows, seed, [target.name for target in targets])
@@ -327,20 +330,28 @@ def _check_together(rows: list[_Row]) -> list[tuple[int, str]]:
                         f"for the same eye {row.subject_id}/{row.eye}",
                     )
                 )
-    for row in rows:
-        view = (row.subject_id, row.eye)
-        if (*view, "primary") not in views:
-            problems.append((row.line, f"eye {'/'.join(view)} has no picture in primary gaze"))
-            views[(*view, "primary")] = row
     return problems
+
+
+def _check_primary(rows: list[_Row]) -> list[tuple[int, str]]:
+    """Return the eyes without the one gaze that every eye needs."""
+    primary = {(row.subject_id, row.eye) for row in rows if row.gaze == "primary"}
+    lines: dict[tuple[str, str], int] = {}
+    for row in rows:
+        lines.setdefault((row.subject_id, row.eye), row.line)
+    return [
+        (line, f"eye {'/'.join(eye)} has no picture in primary gaze")
+        for eye, line in lines.items()
+        if eye not in primary
+    ]
 
 
 def _report(file: Path, problems: list[tuple[int, str]]) -> DataError:
     lines = [f"row {line}: {text}" for line, text in sorted(problems)]
     more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     noun = "problem" if len(lines) == 1 else "problems"
-    listed = "\n  ".join([f"{file}: {len(lines)} {noun}", *lines[:SHOWN], *more])
-    return DataError(listed)
+    listed = ";\n  ".join([*lines[:SHOWN], *more])
+    return DataError(f"{file}: {len(lines)} {noun}:\n  {listed}")
 
 
 def _group(rows: list[_Row], seed: int, targets: list[str]) -> tuple[Sample, ...]:
