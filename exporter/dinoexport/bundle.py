@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dinoexport.errors import BuildError, BundleError
+from dinoexport.errors import BuildError, BundleError, TamperedError
 from dinoexport.manifest import FileRecord, Manifest, decode_manifest, encode_manifest
 
 MANIFEST = "manifest.json"
@@ -80,27 +80,27 @@ def check_files(bundle: Bundle) -> None:
     """Compare every file of a bundle with its digest.
 
     Raises:
-        BundleError: a file is missing, changed, truncated, or not named in the manifest.
+        TamperedError: a file is missing, changed, truncated, or not named in the manifest.
     """
     recorded = bundle.manifest.files
     for name, record in recorded.items():
         file = bundle.path / name
         if not file.is_file() or file.is_symlink():
-            raise BundleError(f"{bundle.path}: {name} is missing. Build it again.")
+            raise TamperedError(f"{bundle.path}: {name} is missing. Build it again.")
         size = file.stat().st_size
         if size != record.size_bytes:
-            raise BundleError(
+            raise TamperedError(
                 f"{bundle.path}: {name} has {size} bytes, the manifest says {record.size_bytes}. "
                 "It is truncated or changed; build it again."
             )
         if _sha256(file) != record.sha256:
-            raise BundleError(
+            raise TamperedError(
                 f"{bundle.path}: {name} does not match its sha256 in the manifest. "
                 "It was changed; build it again."
             )
     extra = sorted(set(_files(bundle.path)) - recorded.keys() - {MANIFEST})
     if any(name.startswith(f"{bundle.manifest.artifact}/") for name in extra):
-        raise BundleError(
+        raise TamperedError(
             f"{bundle.path}: {extra[0]} is not in the manifest. It was added; build it again."
         )
 

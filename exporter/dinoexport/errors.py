@@ -3,6 +3,7 @@
 DinoError
 ├── BuildError                  a model that cannot be captured, lowered or quantised
 ├── BundleError                 an artifact, a manifest or a package that is missing or corrupt
+│   └── TamperedError           a bundle whose files are not those that were verified
 └── ParityError                 an artifact that cannot be compared with its reference
     └── UnknownOperationError   a program holds an operation that no evaluator here knows
 """
@@ -16,6 +17,10 @@ class BuildError(DinoError):
 
 class BundleError(DinoError):
     """An artifact, a manifest or a package that is missing, corrupt or foreign."""
+
+
+class TamperedError(BundleError):
+    """A bundle whose files are missing, changed, or not those that its manifest names."""
 
 
 class ParityError(DinoError):
