@@ -86,6 +86,7 @@ class Structure(_Frozen, kw_only=True):
     worst_tap: str
     worst_db: float
     gelu: tuple[str, ...]
+    epsilons: tuple[float, ...] = ()
     passed: bool
 
 

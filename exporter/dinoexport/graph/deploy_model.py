@@ -5,10 +5,10 @@ embedding is baked at the export size, and blocks after the last one that is rea
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from dinotrain.backbones.vit import VisionTransformer
+from dinotrain.backbones.vit import TapNorm, VisionTransformer
 from dinotrain.model import TaskModel, decode_members
 from torch import Tensor, nn
 
@@ -33,11 +33,8 @@ class DeployBackbone(nn.Module):
         self.norm = copy.deepcopy(backbone.norm)
         self.record: dict[str, Tensor] = {}
 
-    # The three methods that pools call are the training backbone's own.
     split = VisionTransformer.split
     forward = VisionTransformer.forward
-    forward_taps = VisionTransformer.forward_taps
-    taps = VisionTransformer.taps
 
     def tokens(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, 3, H, W), 0..255 → (B, 1 + R + N, D)."""
@@ -54,6 +51,14 @@ class DeployBackbone(nn.Module):
             x = block.feed(x)
             self.record[f"blocks.{index}.mlp"] = x
             yield index, x
+
+    def taps(self, images: Tensor, blocks: Sequence[int], norm: TapNorm = "final") -> list[Tensor]:
+        """As the training backbone's, without the final tokens, which no pool over taps reads."""
+        found: dict[int, Tensor] = {}
+        for index, x in self.run_blocks(self.tokens(images)):
+            if index in blocks:
+                found[index] = self.split(self.norm(x) if norm == "final" else x).patch_tokens
+        return [found[block] for block in blocks]
 
 
 class DeployModel(nn.Module):

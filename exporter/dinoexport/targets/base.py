@@ -91,6 +91,13 @@ class Target(ABC):
         Where activations are small the forms differ by less than rounding, so taps cannot tell.
         """
 
+    @abstractmethod
+    def norm_epsilons(self, path: Path) -> list[float]:
+        """Return the epsilon of each LayerNorm, in running order.
+
+        Where a layer's variance is large, taps cannot tell a wrong epsilon either.
+        """
+
     def minimum_os(self, options: LowerOptions) -> str:
         """Return the oldest system that runs the artifact, as the manifest says it."""
         return ""

@@ -12,6 +12,7 @@ def blame_structure(
     outputs: Mapping[str, OutputParity],
     threshold_db: float,
     gelu_forms: Sequence[str] = ("exact",),
+    wrong_norms: Mapping[str, str] | None = None,
 ) -> Blame:
     """Blame the first tap below the threshold, else the head and decoder behind the last tap.
 
@@ -20,32 +21,38 @@ def blame_structure(
         outputs: of the run in exact arithmetic.
         threshold_db: of the structural gate.
         gelu_forms: that the artifact computes; DINOv2 has the exact one.
+        wrong_norms: {layer: what is wrong with its LayerNorm}.
     """
+    wrong_norms = wrong_norms or {}
+    form = next((form for form in gelu_forms if form != "exact"), None)
+    gelu = f"the artifact computes the {form} form of GELU, DINOv2 has the exact one"
     previous, previous_db = "input", 200.0
-    for name, tap in taps.items():
-        if tap.structure_db < threshold_db:
-            return Blame(
-                gate="structure",
-                layer=name,
-                sqnr_db=tap.structure_db,
-                previous_layer=previous,
-                previous_db=previous_db,
-                message=(
-                    f"the artifact leaves the reference at {name}: {tap.structure_db:g} dB, where "
-                    f"{previous} still had {previous_db:g} dB and {threshold_db:g} dB are wanted"
-                ),
-            )
-        previous, previous_db = name, tap.structure_db
-    wrong = [form for form in gelu_forms if form != "exact"]
-    if wrong:
+
+    def found(layer: str, message: str) -> Blame:
         return Blame(
             gate="structure",
-            layer="gelu",
-            sqnr_db=previous_db,
+            layer=layer,
+            sqnr_db=taps[layer].structure_db if layer in taps else previous_db,
             previous_layer=previous,
             previous_db=previous_db,
-            message=f"the artifact computes the {wrong[0]} form of GELU, DINOv2 has the exact one",
+            message=message,
         )
+
+    for name, tap in taps.items():
+        if name in wrong_norms:
+            return found(name, f"{name}: {wrong_norms[name]}")
+        if tap.structure_db < threshold_db:
+            return found(
+                name,
+                f"the artifact leaves the reference at {name}: {tap.structure_db:g} dB, where "
+                f"{previous} still had {previous_db:g} dB and {threshold_db:g} dB are wanted"
+                + (f"; {gelu}" if form else ""),
+            )
+        previous, previous_db = name, tap.structure_db
+    for name, text in wrong_norms.items():
+        return found(name, f"{name}: {text}")
+    if form:
+        return found("gelu", gelu)
     return _blame_head("structure", previous, previous_db, outputs)
 
 

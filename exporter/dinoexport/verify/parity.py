@@ -5,7 +5,7 @@ and looks at every tap, because final outputs alone are blind (a zeroed attentio
 head). Precision runs the file as it is shipped against the full-precision reference.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +23,14 @@ from dinoexport.manifest import (
 from dinoexport.targets.base import Runtime, Target
 from dinoexport.verify.blame import blame_outputs, blame_structure
 from dinoexport.verify.metrics import max_error, sqnr_db
-from dinoexport.verify.reference import Reference, Values
+from dinoexport.verify.reference import Norm, Reference, Values
 
 STRUCTURE_DB = 110.0
 """Clean builds measure 120 to 150 dB in exact arithmetic, planted faults at most 96 (FINDINGS; the
 tests plant them anew)."""
+
+EPSILON_TOLERANCE = 1e-3
+"""Relative. A stored epsilon is rounded once, to float32 (6e-8) or as the reference is."""
 
 Progress = Callable[[int, int], None]
 
@@ -78,19 +81,23 @@ def verify_artifact(
     }
     worst = min(tap_parity, key=lambda name: tap_parity[name].structure_db)
     forms = tuple(sorted(target.gelu_forms(path)))
+    epsilons = target.norm_epsilons(path)
+    wrong_norms = compare_norms(epsilons, reference.norms(precision))
     structure = Structure(
         runtime=exact_runtime.name,
         threshold_db=STRUCTURE_DB,
         worst_tap=worst,
         worst_db=tap_parity[worst].structure_db,
         gelu=forms,
+        epsilons=tuple(sorted({float(f"{epsilon:.4g}") for epsilon in epsilons})),
         passed=tap_parity[worst].structure_db >= STRUCTURE_DB
         and all(output.passed for output in structural.values())
-        and set(forms) <= {"exact"},
+        and set(forms) <= {"exact"}
+        and not wrong_norms,
     )
     blame: Blame | None = None
     if not structure.passed:
-        blame = blame_structure(tap_parity, structural, STRUCTURE_DB, forms)
+        blame = blame_structure(tap_parity, structural, STRUCTURE_DB, forms, wrong_norms)
     elif not all(output.passed for output in outputs.values()):
         blame = blame_outputs(tap_parity, outputs)
     return Verdict(
@@ -107,6 +114,33 @@ def verify_artifact(
         taps=tap_parity,
         blame=blame,
     )
+
+
+def compare_norms(epsilons: Sequence[float], wanted: Sequence[Norm]) -> dict[str, str]:
+    """Compare the LayerNorms of an artifact with those of the reference.
+
+    Converters may reorder what does not depend on each other, so the layer is exact only where
+    the order is kept; that one differs is certain.
+
+    Args:
+        epsilons: of the artifact, in running order.
+        wanted: of the reference, in running order.
+
+    Returns:
+        {layer: what is wrong there}, empty where all agree.
+    """
+    expected = [norm.epsilon for norm in wanted]
+    if len(epsilons) != len(expected):
+        text = f"the artifact has {len(epsilons)} LayerNorms, the reference {len(expected)}"
+        return {wanted[0].layer if wanted else "head": text}
+    if np.allclose(sorted(epsilons), sorted(expected), rtol=EPSILON_TOLERANCE, atol=0):
+        return {}
+    wrong: dict[str, str] = {}
+    for found, norm in zip(epsilons, wanted, strict=True):
+        if not np.isclose(found, norm.epsilon, rtol=EPSILON_TOLERANCE, atol=0):
+            text = f"LayerNorm has epsilon {found:.4g} where {norm.epsilon:.4g} is wanted"
+            wrong.setdefault(norm.layer, text)
+    return wrong
 
 
 class _Ticker:

@@ -15,7 +15,7 @@ import torch
 from dinotrain.model import TaskModel
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinoexport.errors import ParityError
 from dinoexport.graph.deploy_model import DeployModel, round_weights_
@@ -30,6 +30,13 @@ DEPLOY_BUDGET = 1e-4
 ROUNDED_PRECISIONS = ("fp16",)
 
 
+class Norm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One LayerNorm as it runs: its epsilon, and the first tap that it reaches (or ``head``)."""
+
+    layer: str
+    epsilon: float
+
+
 class ReferenceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Header of a reference file."""
 
@@ -39,6 +46,7 @@ class ReferenceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     image_size: tuple[int, int]
     device: str
     versions: dict[str, str]
+    norms: tuple[Norm, ...]
     rounded: tuple[str, ...] = ROUNDED_PRECISIONS
 
 
@@ -68,6 +76,12 @@ class Reference:
     def sample(self, index: int) -> dict[str, np.ndarray]:
         """Inputs of one sample, {input: (H, W, 3) uint8}."""
         return {name: images[index] for name, images in self.inputs.items()}
+
+    def norms(self, precision: str) -> list[Norm]:
+        """Every LayerNorm in running order, its epsilon rounded to a precision."""
+        if precision not in self.rounded:
+            return list(self.info.norms)
+        return [Norm(n.layer, float(np.float16(n.epsilon))) for n in self.info.norms]
 
     def structural(self, precision: str) -> Values:
         """Values of the model whose weights are rounded to a precision."""
@@ -113,6 +127,7 @@ def make_reference(
         exact = _run_all(lambda pixels: _run_training(model, pixels), inputs, positions, device)
         unrounded = _run_all(deploy.run, inputs, positions, device)
         _check_deploy(exact, unrounded)
+        norms = _norms(deploy, device)
         rounded = {}
         for precision in ROUNDED_PRECISIONS:
             copy = round_weights_(DeployModel(model).to(device), precision)
@@ -121,6 +136,7 @@ def make_reference(
     info = ReferenceInfo(
         checkpoint_sha256=checkpoint_sha256,
         task=model.config.task,
+        norms=norms,
         image_size=model.config.image_size,
         device=_describe(device),
         versions={
@@ -211,6 +227,27 @@ def _positions(deploy: DeployModel, device: torch.device) -> dict[str, np.ndarra
             chosen.append(rng.choice(first, min(PREFIX_SKETCH_SIZE, first.size), replace=False))
         positions[name] = np.unique(np.concatenate(chosen)).astype(np.int32)
     return positions
+
+
+def _norms(deploy: DeployModel, device: torch.device) -> tuple[Norm, ...]:
+    """Every LayerNorm in running order, with its unrounded epsilon."""
+    layers = [*deploy.tap_names, "head"]
+    found: list[Norm] = []
+
+    def note(module: nn.Module, _inputs: object) -> None:
+        layer = layers[len(deploy.backbone.record)]
+        found.append(Norm(layer, float(module.eps)))  # type: ignore[arg-type]
+
+    hooks = [
+        module.register_forward_pre_hook(note)
+        for module in deploy.modules()
+        if isinstance(module, nn.LayerNorm)
+    ]
+    image = torch.zeros(1, 3, *deploy.image_size, device=device)
+    deploy.run(tuple(image for _ in deploy.input_names))
+    for hook in hooks:
+        hook.remove()
+    return tuple(found)
 
 
 def _check_deploy(training: Values, deploy: Values) -> None:

@@ -55,6 +55,16 @@ class CoremlTarget(Target):
         }
         return {forms.get(mode, mode.lower()) for mode in modes}
 
+    def norm_epsilons(self, path: Path) -> list[float]:
+        """Read the ``epsilon`` of each layer_norm."""
+        from dinoexport.targets.coreml.evaluator import PackageEvaluator
+
+        return [
+            float(op.settings.get("epsilon", 1e-5))
+            for op in PackageEvaluator(path).operations
+            if op.kind == "layer_norm"
+        ]
+
     def count_operations(self, path: Path) -> dict[str, int]:
         """Count MIL operations, constants left out."""
         from dinoexport.targets.coreml.evaluator import PackageEvaluator

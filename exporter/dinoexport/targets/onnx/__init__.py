@@ -53,6 +53,12 @@ class OnnxTarget(Target):
 
         return gelu_forms(load(path))
 
+    def norm_epsilons(self, path: Path) -> list[float]:
+        """Read the ``epsilon`` attribute of each LayerNormalization."""
+        from dinoexport.targets.onnx.runtime import load, norm_epsilons
+
+        return norm_epsilons(load(path))
+
     def count_operations(self, path: Path) -> dict[str, int]:
         """Count node types."""
         from dinoexport.targets.onnx.runtime import load

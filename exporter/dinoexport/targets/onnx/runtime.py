@@ -36,6 +36,16 @@ def gelu_forms(model: ModelProto) -> set[str]:
     return forms
 
 
+def norm_epsilons(model: ModelProto) -> list[float]:
+    """Return the epsilon of each LayerNormalization, in running order."""
+    found = []
+    for node in model.graph.node:
+        if node.op_type == "LayerNormalization":
+            # The operator's own default, which exporters leave out.
+            found.append(next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5))
+    return found
+
+
 class OnnxRuntime(Runtime):
     """onnxruntime's CPU provider."""
 

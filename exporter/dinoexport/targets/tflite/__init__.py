@@ -55,6 +55,12 @@ class TfliteTarget(Target):
 
         return gelu_forms(path)
 
+    def norm_epsilons(self, path: Path) -> list[float]:
+        """Read the constant that is added before each RSQRT."""
+        from dinoexport.targets.tflite.runtime import norm_epsilons
+
+        return norm_epsilons(path)
+
     def count_operations(self, path: Path) -> dict[str, int]:
         """Count operators."""
         from dinoexport.targets.tflite.runtime import TfliteRuntime

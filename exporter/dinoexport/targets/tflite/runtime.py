@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
@@ -119,15 +120,51 @@ def gelu_forms(path: Path) -> set[str]:
     Raises:
         BundleError: it is no flatbuffer.
     """
+    model, _ = _parse(path)
+    return {
+        "tanh" if operator.builtinOptions.approximate else "exact"
+        for graph in model.subgraphs
+        for operator in graph.operators
+        if _kind(model, operator) == schema.BuiltinOperator.GELU
+    }
+
+
+def norm_epsilons(path: Path) -> list[float]:
+    """Return the epsilon of each LayerNorm, in running order.
+
+    TFLite has no such operator: the converter writes rsqrt(variance + epsilon) and no other RSQRT.
+
+    Raises:
+        BundleError: it is no flatbuffer, or an RSQRT reads no such sum.
+    """
+    model, content = _parse(path)
+    found = []
+    for graph in model.subgraphs:
+        producers = {int(i): op for op in graph.operators for i in op.outputs}
+        for operator in graph.operators:
+            if _kind(model, operator) != schema.BuiltinOperator.RSQRT:
+                continue
+            sources = [int(i) for i in producers[int(operator.inputs[0])].inputs]
+            constants = [i for i in sources if i not in producers]
+            if len(constants) != 1:
+                raise BundleError(f"{path}: an RSQRT follows no sum with a constant")
+            buffer = model.buffers[graph.tensors[constants[0]].buffer]
+            data = buffer.data
+            if data is None:
+                data = np.frombuffer(content[buffer.offset : buffer.offset + buffer.size], np.uint8)
+            found.append(float(np.asarray(data, np.uint8).view(np.float32)[0]))
+    return found
+
+
+def _kind(model: schema.ModelT, operator: schema.OperatorT) -> int:
+    return model.operatorCodes[operator.opcodeIndex].builtinCode  # type: ignore[index]
+
+
+def _parse(path: Path) -> tuple[Any, bytes]:
+    """Read a whole file as objects, or BundleError."""
     try:
-        model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(path.read_bytes(), 0))
-        codes = [code.builtinCode for code in model.operatorCodes]
-        return {
-            "tanh" if operator.builtinOptions.approximate else "exact"
-            for graph in model.subgraphs
-            for operator in graph.operators
-            if codes[operator.opcodeIndex] == schema.BuiltinOperator.GELU
-        }
+        content = path.read_bytes()
+        return schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0)), content
     except Exception as error:  # a damaged flatbuffer fails in any access
         raise BundleError(
             f"{path}: not a readable TFLite file: {error}. Build it again."
