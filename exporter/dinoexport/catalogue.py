@@ -1,12 +1,11 @@
 """The names that the command line knows, with a line on each."""
 
-from dinotrain.backbones.vit import VARIANTS
-from dinotrain.tasks import TABLE as TASKS
-from dinotrain.tasks import get_task
-
 from dinoexport.embedded import EMBEDDED
 from dinoexport.targets.table import TABLE as TARGETS
 from dinoexport.targets.table import get_target
+from dinotrain.backbones.vit import VARIANTS
+from dinotrain.tasks import TABLE as TASKS
+from dinotrain.tasks import get_task
 
 
 def catalogue() -> dict[str, dict[str, str]]:

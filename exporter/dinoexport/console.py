@@ -4,13 +4,14 @@ Converters write to the process's own stdout and stderr, from C++ too; ``quiet``
 file and keeps the console on the real stderr.
 """
 
+import ctypes
 import logging
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TaskID,
     TextColumn,
@@ -31,31 +33,32 @@ class Reporter:
 
     def __init__(self, enabled: bool = True) -> None:
         self._file = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
-        self.console = Console(file=self._file)
+        # Asked of the file itself: variables such as FORCE_COLOR make rich draw bars into a file.
+        self.console = Console(file=self._file, force_terminal=self._file.isatty())
         self._enabled = enabled
-        self._progress: Progress | None = None
+        self._draws = enabled and self.console.is_terminal and not self.console.is_dumb_terminal
 
     @contextmanager
     def step(self, text: str) -> Iterator["Step"]:
         """Show one step while it runs and its time when it is done."""
         start = time.monotonic()
-        if self._enabled and self.console.is_terminal:
+        if self._draws:
             columns = (
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 TimeElapsedColumn(),
             )
-            with Progress(*columns, console=self.console, transient=True) as progress:
+            with self._progress(columns, transient=True) as progress:
                 yield Step(progress, progress.add_task(text, total=None))
         else:
-            yield Step(None, None)
+            yield Step(None, TaskID(0))
         self.say(f"{text}  {time.monotonic() - start:.1f} s")
 
     @contextmanager
     def tracker(self) -> Iterator[Callable[..., None]]:
         """Give a function (stage, done, total, note) that shows how far each stage is."""
-        if not (self._enabled and self.console.is_terminal):
+        if not self._draws:
             shown: dict[str, int] = {}
 
             def plain(stage: str, done: int, total: int, note: str = "") -> None:
@@ -74,7 +77,7 @@ class Reporter:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with Progress(*columns, console=self.console) as progress:
+        with self._progress(columns, transient=False) as progress:
             bars: dict[str, TaskID] = {}
 
             def draw(stage: str, done: int, total: int, note: str = "") -> None:
@@ -83,6 +86,17 @@ class Reporter:
                 progress.update(bars[stage], completed=done, total=total, note=note)
 
             yield draw
+
+    def _progress(self, columns: tuple[ProgressColumn, ...], transient: bool) -> Progress:
+        # By default rich takes sys.stdout over while it draws, and prints what libraries write
+        # there above the bar: past ``quiet``, onto the terminal.
+        return Progress(
+            *columns,
+            console=self.console,
+            transient=transient,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
 
     def say(self, text: str) -> None:
         """Write one line."""
@@ -93,7 +107,7 @@ class Reporter:
 class Step:
     """A running step; ``update`` moves its bar."""
 
-    def __init__(self, progress: Progress | None, task) -> None:
+    def __init__(self, progress: Progress | None, task: TaskID) -> None:
         self._progress = progress
         self._task = task
 
@@ -110,6 +124,7 @@ def quiet(log: Path) -> Iterator[None]:
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    handlers = list(logging.getLogger().handlers)
     try:
         os.dup2(handle, 1)
         os.dup2(handle, 2)
@@ -119,9 +134,16 @@ def quiet(log: Path) -> Iterator[None]:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        _flush_c()
         for stream, descriptor in zip(saved, (1, 2), strict=True):
             os.dup2(stream, descriptor)
             os.close(stream)
         os.close(handle)
-        # Libraries attach handlers to the root logger; ours stays silent.
-        logging.getLogger().handlers.clear()
+        # Libraries attach handlers to the root logger, which would speak from now on.
+        logging.getLogger().handlers[:] = handlers
+
+
+def _flush_c() -> None:
+    """Write out what C code printed: its buffer would reach the real stdout at the end."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).fflush(None)

@@ -9,9 +9,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from dinotrain.errors import DinoError
-
 from dinoexport.embedded import EMBEDDED, embedded_checkpoint
+from dinotrain.errors import DinoError
 
 _MODULES = {
     "torch": "torch",

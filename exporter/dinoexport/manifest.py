@@ -4,10 +4,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import msgspec
-from dinotrain.checkpoint import CheckpointConfig
-from dinotrain.tasks.base import Task
 
 from dinoexport.errors import BundleError
+from dinotrain.checkpoint import CheckpointConfig
+from dinotrain.tasks.base import Task
 
 SCHEMA_VERSION = 1
 
@@ -16,7 +16,7 @@ class _Frozen(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     pass
 
 
-class InputSpec(_Frozen, kw_only=True):
+class InputSpec(_Frozen, frozen=True, kw_only=True):
     """One image: ``shape`` as an app passes it, 8-bit RGB of exactly that size."""
 
     name: str
@@ -26,7 +26,7 @@ class InputSpec(_Frozen, kw_only=True):
     description: str
 
 
-class OutputSpec(_Frozen, kw_only=True):
+class OutputSpec(_Frozen, frozen=True, kw_only=True):
     """One named value with its unit; the same name, order and shape in every target."""
 
     name: str
@@ -36,7 +36,7 @@ class OutputSpec(_Frozen, kw_only=True):
     description: str
 
 
-class Preprocessing(_Frozen, kw_only=True):
+class Preprocessing(_Frozen, frozen=True, kw_only=True):
     """What the app does before the model, and what the model does itself."""
 
     window_mm: float
@@ -45,14 +45,14 @@ class Preprocessing(_Frozen, kw_only=True):
     model: str
 
 
-class FileRecord(_Frozen, kw_only=True):
+class FileRecord(_Frozen, frozen=True, kw_only=True):
     """Digest and size of one file of the bundle."""
 
     sha256: str
     size_bytes: int
 
 
-class CheckpointRecord(_Frozen, kw_only=True):
+class CheckpointRecord(_Frozen, frozen=True, kw_only=True):
     """The checkpoint that a bundle was built from."""
 
     name: str
@@ -61,7 +61,7 @@ class CheckpointRecord(_Frozen, kw_only=True):
     position_rule: str
 
 
-class OutputParity(_Frozen, kw_only=True):
+class OutputParity(_Frozen, frozen=True, kw_only=True):
     """One output against the reference, over all samples; ``max_error`` in ``unit``."""
 
     unit: str
@@ -71,14 +71,14 @@ class OutputParity(_Frozen, kw_only=True):
     passed: bool
 
 
-class TapParity(_Frozen, kw_only=True):
+class TapParity(_Frozen, frozen=True, kw_only=True):
     """One tap: SQNR in exact arithmetic with the shipped weights, and as the artifact runs."""
 
     structure_db: float
     precision_db: float
 
 
-class Structure(_Frozen, kw_only=True):
+class Structure(_Frozen, frozen=True, kw_only=True):
     """The structural gate: every tap in exact arithmetic, against torch with the same weights."""
 
     runtime: str
@@ -90,7 +90,7 @@ class Structure(_Frozen, kw_only=True):
     passed: bool
 
 
-class Blame(_Frozen, kw_only=True):
+class Blame(_Frozen, frozen=True, kw_only=True):
     """The first place at which the artifact leaves the reference."""
 
     gate: str
@@ -101,7 +101,7 @@ class Blame(_Frozen, kw_only=True):
     message: str
 
 
-class ReferenceRecord(_Frozen, kw_only=True):
+class ReferenceRecord(_Frozen, frozen=True, kw_only=True):
     """Where the reference came from."""
 
     device: str
@@ -110,7 +110,7 @@ class ReferenceRecord(_Frozen, kw_only=True):
     checkpoint_sha256: str
 
 
-class Verdict(_Frozen, kw_only=True):
+class Verdict(_Frozen, frozen=True, kw_only=True):
     """The result of parity; ``passed`` is true only if every gate passed."""
 
     passed: bool
@@ -122,7 +122,7 @@ class Verdict(_Frozen, kw_only=True):
     blame: Blame | None = None
 
 
-class Manifest(_Frozen, kw_only=True):
+class Manifest(_Frozen, frozen=True, kw_only=True):
     """Everything that an app or a check needs to know of a bundle."""
 
     schema_version: int = SCHEMA_VERSION

@@ -8,10 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
-from dinotrain.checkpoint import CheckpointConfig, digest, load_checkpoint, read_config
-from dinotrain.errors import CheckpointError, DinoError, UsageError, unknown_name
-from dinotrain.model import TaskModel
-from dinotrain.tasks import get_task
 
 from dinoexport.bundle import (
     REFERENCE,
@@ -47,6 +43,10 @@ from dinoexport.verify.reference import (
     load_reference,
     make_reference,
 )
+from dinotrain.checkpoint import CheckpointConfig, digest, load_checkpoint, read_config
+from dinotrain.errors import CheckpointError, DinoError, UsageError, unknown_name
+from dinotrain.model import TaskModel
+from dinotrain.tasks import get_task
 
 LOG = "build.log"
 _TOOLS = (

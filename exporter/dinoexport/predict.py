@@ -2,17 +2,22 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from dinotrain.data.images import crop_window, fit_image, read_image
-from dinotrain.errors import DataError, UsageError, unknown_name
-from dinotrain.tasks import get_task
+from PIL import Image
 
 from dinoexport.bundle import Bundle, check_files, open_bundle
 from dinoexport.console import quiet
 from dinoexport.targets.table import get_target
+from dinotrain.data.images import crop_window, fit_image, read_image
+from dinotrain.errors import DataError, UsageError, unknown_name
+from dinotrain.tasks import get_task
+
+MIN_COVER = 0.5
+"""Least part of the window that a picture shows; less means a wrong scale."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ def predict_files(
         raise UsageError(f"--eye '{left_eye}' is not accepted; L or R")
     if px_per_mm is not None and not 0 < px_per_mm < 1e4:
         raise UsageError(f"--px-per-mm {px_per_mm:g} is not accepted; above 0, below 10000")
+    if picture:
+        _check_picture(picture)
     check_files(bundle)
     images = {
         name: _load(file, bundle, left_eye.upper() == "L", px_per_mm)
@@ -88,6 +95,8 @@ def _parse(arguments: Sequence[str], names: list[str]) -> dict[str, Path]:
                     + " ".join(f"{n}=FILE" for n in names)
                 )
             name, file = names[0], argument
+        if not file:
+            raise UsageError(f"input {name} names no file: '{argument}'; give {name}=FILE")
         if name not in names:
             raise unknown_name("input", name, names)
         if name in files:
@@ -107,7 +116,13 @@ def _load(file: Path, bundle: Bundle, mirror: bool, px_per_mm: float | None) -> 
     if px_per_mm is None:
         fitted = fit_image(image, size)
     else:
-        fitted = crop_window(image, px_per_mm, bundle.manifest.preprocessing.window_mm, size)
+        window_mm = bundle.manifest.preprocessing.window_mm
+        if max(image.shape[:2]) < MIN_COVER * px_per_mm * window_mm:
+            raise DataError(
+                f"{file}: at --px-per-mm {px_per_mm:g} its {image.shape[1]}×{image.shape[0]} "
+                f"pixels show less than half of the {window_mm:g} mm window. Check the scale."
+            )
+        fitted = crop_window(image, px_per_mm, window_mm, size)
     return np.ascontiguousarray(fitted[:, ::-1] if mirror else fitted)
 
 
@@ -117,11 +132,23 @@ def input_size(bundle: Bundle) -> tuple[int, int]:
     return (shape[-3], shape[-2])
 
 
-def _save(drawn, picture: Path) -> None:
+def _check_picture(picture: Path) -> None:
+    """Refuse a name that cannot be drawn to, before the artifact is run for it."""
     if picture.suffix.lower() != ".png":
         raise UsageError(f"{picture}: pictures are drawn as PNG. Use {picture.with_suffix('.png')}")
+    if picture.is_dir():
+        raise UsageError(f"{picture}: a folder is in the way. Give another --picture.")
+
+
+def _save(drawn: Image.Image, picture: Path) -> None:
+    partial = picture.with_name(f".{picture.name}.part")
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        drawn.save(picture)
+        drawn.save(partial, format="PNG")
+        partial.replace(picture)
     except OSError as error:
-        raise DataError(f"{picture}: cannot be written: {error.strerror}") from error
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UsageError(
+            f"{picture}: cannot be written: {error.strerror or error}. Give another --picture."
+        ) from error

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from dinoexport.console import Reporter
 from dinoexport.pipeline import BuildRequest, build
 from dinotrain.backbones.vit import ViTConfig, init_weights_

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from dinotrain.backbones.vit import VisionTransformer, ViTConfig, init_weights_
 from dinotrain.backbones.weights import save_backbone
-from PIL import Image
 
 COLUMNS = ("subject_id", "eye", "gaze", "path", "mrd1_mm", "mrd2_mm", "lf_mm", "split")
 

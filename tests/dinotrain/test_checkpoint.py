@@ -6,6 +6,8 @@ import struct
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from dinotrain.backbones.vit import ViTConfig
 from dinotrain.checkpoint import (
     CheckpointConfig,
@@ -17,7 +19,6 @@ from dinotrain.checkpoint import (
 from dinotrain.errors import CheckpointError
 from dinotrain.heads.branch import HeadConfig
 from dinotrain.model import TaskModel
-from safetensors.torch import load_file, save_file
 
 CONFIG = CheckpointConfig(
     task="eyelid",

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from dinotrain.encoding import Decoder, Encoding, encode
 from dinotrain.errors import ShapeError, UsageError
 

@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 import torch
+
 from dinotrain.backbones import load_backbone
 from dinotrain.data.dataset import Dataset
 from dinotrain.errors import DataError, UsageError, WeightsError

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+
 from dinotrain import fit
 from dinotrain.backbones import load_backbone
 from dinotrain.checkpoint import digest, load_checkpoint, read_config

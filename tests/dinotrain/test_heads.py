@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from dinotrain.backbones.vit import VisionTransformer, ViTConfig, init_weights_
 from dinotrain.errors import UsageError
 from dinotrain.heads.branch import BranchHead, BranchSpec, HeadConfig

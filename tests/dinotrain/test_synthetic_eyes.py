@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from dinotrain.data.synthetic.eyes import COLUMNS, GAZES, EyeSample, render_eye, write_dataset
 from dinotrain.data.synthetic.paint import CARUNCLE, PUPIL, SCLERA
 from dinotrain.errors import DataError, UsageError
-from PIL import Image
 
 # 12 pixels a millimetre: a margin read off a pixel grid is within half a pixel, 0.042 mm.
 SIZE, PX_PER_MM = 480, 12.0

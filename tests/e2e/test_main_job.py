@@ -1,4 +1,4 @@
-"""The main job as a user runs it: the embedded checkpoint, all targets, photographs and rendered eyes."""
+"""The main job as a user runs it, on the embedded checkpoint, photographs and rendered eyes."""
 
 import json
 import subprocess
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from skimage import data
+
 from dinoexport.embedded import embedded_checkpoint
 from dinotrain.checkpoint import read_config
 from dinotrain.data.synthetic.eyes import render_eye
-from PIL import Image
-from skimage import data
 
 pytestmark = pytest.mark.e2e
 TARGETS = ("onnx", "coreml", "tflite")

@@ -35,9 +35,9 @@ class CheckpointConfig(ModelConfig, frozen=True, forbid_unknown_fields=True, kw_
     notice: str = ""
     licence: str = "Apache-2.0"
     dataset_fingerprint: str = ""
-    metrics: dict[str, Any] = {}
-    training: dict[str, Any] = {}
-    versions: dict[str, str] = {}
+    metrics: dict[str, Any] = msgspec.field(default_factory=dict)
+    training: dict[str, Any] = msgspec.field(default_factory=dict)
+    versions: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 def save_checkpoint(

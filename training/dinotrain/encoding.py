@@ -17,7 +17,7 @@ MAX_BITS = 24
 
 
 class Encoding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How one target is written: ``scalar`` is one z-scored number, the codes are ``bits`` logits."""
+    """How one target is written: ``scalar`` is one z-scored number, a code is ``bits`` logits."""
 
     kind: Literal["plain", "gray", "scalar"] = "gray"
     bits: int = 8
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
         return self.low + self.span * unit
 
     def bit_probabilities(self, logits: Tensor) -> Tensor:
-        """Probability (soft) or value (hard) of each bit of the plain code, shaped as ``logits``."""
+        """Probability (soft) or value (hard) of each plain bit, shaped as ``logits``."""
         soft = self.encoding.decoding == "soft"
         if self.encoding.kind == "plain":
             return torch.sigmoid(logits) if soft else (logits > 0).float()

@@ -4,7 +4,7 @@
     ├── UsageError            an argument or a name that is not accepted
     ├── ShapeError            a tensor or an image size that does not fit
     ├── CheckpointError       a checkpoint that is missing, corrupt, foreign or of another version
-    ├── WeightsError          backbone weights in no known layout, or not matching their architecture
+    ├── WeightsError          backbone weights in no known layout, or of another architecture
     ├── DownloadError         a hub that cannot be reached, or a file whose digest is wrong
     ├── DataError             a manifest, an image or a label that cannot be used
     └── dinoexport.errors     (the exporter adds BuildError, BundleError and ParityError)

@@ -8,7 +8,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from dinotrain.backbones.vit import ViTConfig, VisionTransformer
+from dinotrain.backbones.vit import VisionTransformer, ViTConfig
 from dinotrain.encoding import Decoder, Encoding
 from dinotrain.heads.branch import BranchHead, BranchSpec, HeadConfig
 from dinotrain.heads.pool import FeatureConfig, build_pool

@@ -6,7 +6,14 @@ from typing import Annotated, Any
 import typer
 
 from dinoexport.cli.app import Checkpoint, ImageSize, Json, TaskName, app
-from dinoexport.cli.output import FAILED, parse_size, print_json
+from dinoexport.cli.output import (
+    FAILED,
+    check_file,
+    check_folder,
+    one_line,
+    parse_size,
+    print_json,
+)
 
 
 @app.command()
@@ -19,7 +26,9 @@ def build(
     checkpoint: Checkpoint = None,
     precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp16",
     image_size: ImageSize = None,
-    minimum_ios: Annotated[int, typer.Option(help="Core ML only: 16, 17 or 18.")] = 17,
+    minimum_ios: Annotated[
+        int, typer.Option(min=16, max=18, help="Core ML only: 16, 17 or 18.")
+    ] = 17,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built.")] = False,
     json: Json = False,
 ) -> None:
@@ -37,6 +46,7 @@ def build(
         minimum_ios=minimum_ios,
     )
     plan = plan_build(request)
+    check_folder(out)
     if dry_run:
         _print_plan(plan, json)
         return
@@ -44,7 +54,7 @@ def build(
 
     result = run_build(request, Reporter())
     if json:
-        print_json({"passed": result.passed, "bundles": [_bundle_json(b) for b in result.bundles]})
+        print_json({"passed": result.passed, "bundles": [bundle_json(b) for b in result.bundles]})
     else:
         for bundle in result.bundles:
             print_verdict(str(bundle.path), bundle.verdict, bundle.size_bytes)
@@ -54,17 +64,25 @@ def build(
 
 @app.command()
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="A folder that `build` wrote.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `build` wrote.")],
     reference: Annotated[
         Path | None, typer.Option(help="A file of `dinoexport reference`, made on a GPU, say.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Repeat the parity verdict of a bundle."""
+    """Repeat the parity verdict of a bundle; files that were changed since are a FAIL."""
     from dinoexport.console import Reporter
+    from dinoexport.errors import TamperedError
     from dinoexport.pipeline import verify_bundle
 
-    verdict = verify_bundle(bundle, reference, Reporter())
+    try:
+        verdict = verify_bundle(bundle, reference, Reporter())
+    except TamperedError as error:
+        if json:
+            print_json({"passed": False, "error": one_line(str(error)), "kind": "TamperedError"})
+        else:
+            typer.echo(f"FAIL  {one_line(str(error))}")
+        raise typer.Exit(FAILED) from None
     if json:
         print_json(_verdict_json(verdict))
     else:
@@ -85,6 +103,7 @@ def reference(
     from dinoexport.console import Reporter
     from dinoexport.pipeline import BuildRequest, plan_build, write_reference
 
+    check_file(out, ".safetensors")
     plan = plan_build(
         BuildRequest(task, "all", out.parent, checkpoint, "fp32", parse_size(image_size))
     )
@@ -114,8 +133,10 @@ def _print_plan(plan: Any, json: bool) -> None:
     if json:
         print_json({"dry_run": True} | facts)
         return
-    for key, value in facts.items():
-        typer.echo(f"{key:11} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    height, width = facts.pop("image_size")
+    for key, value in (facts | {"image size": f"{height}×{width} (height × width)"}).items():
+        for line in value if isinstance(value, list) else [value]:
+            typer.echo(f"{key:11} {one_line(str(line))}")
     typer.echo("nothing was written (--dry-run)")
 
 
@@ -125,7 +146,8 @@ def _verdict_json(verdict: Any) -> dict[str, Any]:
     return msgspec.to_builtins(verdict)
 
 
-def _bundle_json(bundle: Any) -> dict[str, Any]:
+def bundle_json(bundle: Any) -> dict[str, Any]:
+    """What `build --json` says of one bundle."""
     return {
         "target": bundle.target,
         "precision": bundle.precision,
@@ -137,6 +159,7 @@ def _bundle_json(bundle: Any) -> dict[str, Any]:
 
 
 def print_verdict(title: str, verdict: Any, size_bytes: int | None = None) -> None:
+    """Print a verdict as lines of text."""
     size = f", {size_bytes / 1e6:.1f} MB" if size_bytes else ""
     typer.echo(f"{'PASS' if verdict.passed else 'FAIL'}  {title}{size}")
     for name, output in verdict.outputs.items():

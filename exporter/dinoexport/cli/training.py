@@ -1,13 +1,14 @@
 """Commands on the training side: data, train, evaluate."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from dinotrain.errors import UsageError, unknown_name
 
 from dinoexport.cli.app import ImageSize, Json, Seed, TaskName, app
-from dinoexport.cli.output import parse_size, print_json
+from dinoexport.cli.output import check_file, check_folder, one_of, parse_size, print_json
+from dinotrain.errors import UsageError, unknown_name
 
 data_app = typer.Typer(
     help="Data sets: synthetic ones, and checks of your own.", no_args_is_help=True
@@ -20,12 +21,6 @@ Cache = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
-def _one_of(kind: str, value: str, known: tuple[str, ...]) -> Any:
-    if value not in known:
-        raise unknown_name(kind, value, known)
-    return value
-
-
 @data_app.command("synth")
 def synth(
     out: Annotated[Path, typer.Option(help="Folder for manifest.csv and images.")],
@@ -35,12 +30,12 @@ def synth(
     json: Json = False,
 ) -> None:
     """Render a labelled synthetic data set; the same bytes for the same seed."""
+    from dinoexport.console import Reporter, quiet
     from dinotrain.tasks import get_task
 
-    from dinoexport.console import Reporter
-
     chosen = get_task(task)
-    with Reporter().tracker() as track:
+    check_folder(out)
+    with Reporter().tracker() as track, quiet(Path(os.devnull)):
         manifest = chosen.synthesise(
             count, seed, out, lambda done, total: track("render", done, total)
         )
@@ -52,7 +47,9 @@ def synth(
 
 @data_app.command("check")
 def check(
-    data: Annotated[Path, typer.Argument(help="A manifest, or the folder that holds it.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="A manifest, or the folder that holds it.")
+    ],
     task: TaskName = "eyelid",
     json: Json = False,
 ) -> None:
@@ -71,6 +68,7 @@ def check(
     if json:
         print_json(facts)
         return
+    facts["splits"] = ", ".join(f"{name} {count}" for name, count in splits.items())
     for key, value in facts.items():
         typer.echo(f"{key:12} {value}")
 
@@ -88,8 +86,8 @@ def train(
         ),
     ] = "embedded",
     head: Annotated[str, typer.Option(help="linear, mlp or ensemble.")] = "mlp",
-    members: Annotated[int, typer.Option(help="Members of an ensemble.")] = 5,
-    hidden: Annotated[int, typer.Option(help="Hidden width of the head.")] = 256,
+    members: Annotated[int, typer.Option(min=2, max=100, help="Members of an ensemble.")] = 5,
+    hidden: Annotated[int, typer.Option(min=1, max=65536, help="Hidden width of the head.")] = 256,
     features: Annotated[str, typer.Option(help="cls_mean or pyramid.")] = "cls_mean",
     taps: Annotated[str, typer.Option(help="Blocks that a pyramid reads: 2,5,8,11.")] = "",
     tap_norm: Annotated[str, typer.Option(help="none, final or own_ln.")] = "final",
@@ -130,8 +128,9 @@ def train(
     from dinotrain.heads.pool import FeatureConfig
     from dinotrain.train_config import TrainConfig
 
+    check_file(out, ".safetensors")
     source = _resolve_backbone(backbone, task)
-    encoding = _one_of("encoding", encoding, ("plain", "gray", "scalar"))
+    encoding = one_of("encoding", encoding, ("plain", "gray", "scalar"))
     config = TrainConfig(
         task=task,
         data=data,
@@ -140,44 +139,46 @@ def train(
         name=name,
         image_size=parse_size(image_size) or (224, 224),
         features=FeatureConfig(
-            kind=_one_of("features", features, ("cls_mean", "pyramid")),
+            kind=one_of("features", features, ("cls_mean", "pyramid")),
             taps=_parse_taps(taps),
-            tap_norm=_one_of("tap norm", tap_norm, ("none", "final", "own_ln")),
+            tap_norm=one_of("tap norm", tap_norm, ("none", "final", "own_ln")),
         ),
         head=HeadConfig(
-            kind=_one_of("head", head, ("linear", "mlp", "ensemble")),
+            kind=one_of("head", head, ("linear", "mlp", "ensemble")),
             members=members,
             hidden=hidden,
         ),
         encoding=Encoding(
             kind=encoding,  # type: ignore[arg-type]
             bits=bits,
-            decoding=_one_of("decoding", decoding, ("soft", "hard")),
+            decoding=one_of("decoding", decoding, ("soft", "hard")),
         ),
-        loss=_one_of(
+        loss=one_of(
             "loss", loss or ("mse" if encoding == "scalar" else "bce"), ("bce", "focal", "mse")
         ),
         gamma=gamma,
         or_lambda=or_lambda,
-        optimizer=_one_of("optimizer", optimizer, ("adam", "adamw")),
+        optimizer=one_of("optimizer", optimizer, ("adam", "adamw")),
         lr=lr,
         weight_decay=weight_decay,
-        schedule=_one_of("schedule", schedule, ("cosine", "constant")),
+        schedule=one_of("schedule", schedule, ("cosine", "constant")),
         batch_size=batch_size,
         epochs=epochs,
         patience=patience,
         seed=seed,
-        weights=_one_of("weights", weights, ("float32", "float16")),
-        device=_one_of("device", device, ("auto", "cpu", "cuda")),
+        weights=one_of("weights", weights, ("float32", "float16")),
+        device=one_of("device", device, ("auto", "cpu", "cuda")),
         cache=cache,
         resume=resume,
     )
+    from dinoexport.console import Reporter, quiet
     from dinotrain.checkpoint import read_config
 
-    from dinoexport.console import Reporter
-
-    with Reporter().tracker() as track:
+    log = out.with_suffix(".log")
+    with Reporter().tracker() as track, quiet(log):
         path = run_train(config, track)
+    if not log.stat().st_size:
+        log.unlink()
     trained = read_config(path)
     if json:
         print_json({"path": str(path), "metrics": trained.metrics, "notice": trained.notice})
@@ -191,7 +192,9 @@ def train(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A trained .safetensors.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A trained .safetensors.")
+    ],
     data: Annotated[Path, typer.Option(help="Labelled data.")],
     split: Annotated[str, typer.Option(help="train, val, test or all.")] = "test",
     device: Device = "auto",
@@ -199,17 +202,16 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Judge a checkpoint on labelled data, beside the mean predictor."""
+    from dinoexport.console import Reporter, quiet
     from dinotrain.fit import evaluate as run_evaluate
 
-    from dinoexport.console import Reporter
-
-    with Reporter().tracker() as track:
+    with Reporter().tracker() as track, quiet(Path(os.devnull)):
         result = run_evaluate(
             checkpoint,
             data,
-            split=_one_of("split", split, ("train", "val", "test", "all")),
+            split=one_of("split", split, ("train", "val", "test", "all")),
             cache=cache,
-            device=_one_of("device", device, ("auto", "cpu", "cuda")),
+            device=one_of("device", device, ("auto", "cpu", "cuda")),
             progress=track,
         )
     if json:
@@ -235,6 +237,12 @@ def _print_metrics(title: str, targets: dict[str, Any]) -> None:
 
 
 def _resolve_backbone(name: str, task: str) -> str:
+    from dinotrain.backbones.vit import VARIANTS
+
+    known = [*VARIANTS, "embedded"]
+    looks_like_path = Path(name).suffix or any(mark in name for mark in "/\\~")
+    if name.partition("@")[0] not in known and not looks_like_path and not Path(name).exists():
+        raise unknown_name("backbone", name, known)
     if name != "embedded":
         return name
     from dinoexport.embedded import embedded_checkpoint

@@ -1,18 +1,24 @@
 """Commands that use what was built: predict, inspect."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dinoexport.cli.app import Json, app
-from dinoexport.cli.output import print_json
+from dinoexport.cli.output import one_line, print_json
 
 
 @app.command()
 def predict(
-    bundle: Annotated[Path, typer.Argument(help="A folder that `build` wrote.")],
-    images: Annotated[list[str], typer.Argument(help="NAME=FILE per input of the task.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `build` wrote.")],
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="INPUT=FILE...",
+            help="One per input of the task: primary=a.png up=b.png down=c.png for eyelid.",
+        ),
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option(help="Draw the measurement on the pictures, into this PNG.")
     ] = None,
@@ -28,7 +34,7 @@ def predict(
     """Run an artifact on picture files."""
     from dinoexport.predict import predict_files
 
-    result = predict_files(bundle, images, picture=picture, left_eye=eye, px_per_mm=px_per_mm)
+    result = predict_files(bundle, images or [], picture=picture, left_eye=eye, px_per_mm=px_per_mm)
     if json:
         print_json(
             {
@@ -50,7 +56,7 @@ def predict(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A bundle or a checkpoint.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A bundle or a checkpoint.")],
     json: Json = False,
 ) -> None:
     """Say what a bundle or a checkpoint is: inputs, outputs, origin, metadata, operations."""
@@ -63,18 +69,25 @@ def inspect(
     _print_facts(facts, 0)
 
 
-def _print_facts(facts: object, depth: int) -> None:
+def _print_facts(facts: dict[str, Any], depth: int) -> None:
+    """Print nested facts; they come from files, so each is kept on its line."""
     pad = "  " * depth
-    if isinstance(facts, dict):
-        for key, value in facts.items():
-            if isinstance(value, dict | list) and value:
-                typer.echo(f"{pad}{key}:")
-                _print_facts(value, depth + 1)
-            elif value not in ("", [], {}, None):
-                typer.echo(f"{pad}{key}: {value}")
-        return
-    for item in facts if isinstance(facts, list) else [facts]:
-        if isinstance(item, dict):
-            typer.echo(f"{pad}- " + ", ".join(f"{k}={v}" for k, v in item.items() if v != ""))
+    for key, value in facts.items():
+        if value in ("", [], (), {}, None):
+            continue
+        if isinstance(value, dict):
+            typer.echo(f"{pad}{one_line(key)}:")
+            _print_facts(value, depth + 1)
+        elif isinstance(value, list | tuple) and isinstance(value[0], dict):
+            typer.echo(f"{pad}{one_line(key)}:")
+            for item in value:
+                text = ", ".join(f"{k}={_plain(v)}" for k, v in item.items() if v != "")
+                typer.echo(f"{pad}  - {text}")
         else:
-            typer.echo(f"{pad}- {item}")
+            typer.echo(f"{pad}{one_line(key)}: {_plain(value)}")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    return one_line(str(value))

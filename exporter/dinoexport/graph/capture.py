@@ -8,12 +8,12 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from dinotrain.model import TaskModel
 from torch import nn
 from torch.export import ExportedProgram
 
 from dinoexport.errors import BuildError
 from dinoexport.graph.deploy_model import DeployModel, round_weights_
+from dinotrain.model import TaskModel
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ embedding is baked at the export size, and blocks after the last one that is rea
 
 import copy
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
-from dinotrain.backbones.vit import TapNorm, VisionTransformer
-from dinotrain.model import TaskModel, decode_members
 from torch import Tensor, nn
 
 from dinoexport.errors import BuildError
+from dinotrain.backbones.vit import Block, TapNorm, VisionTransformer
+from dinotrain.model import TaskModel, decode_members
 
 
 class DeployBackbone(nn.Module):
@@ -45,7 +46,7 @@ class DeployBackbone(nn.Module):
 
     def run_blocks(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """As the training backbone's, recording the residual stream twice per block."""
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(cast("list[Block]", self.blocks)):
             x = block.attend(x)
             self.record[f"blocks.{index}.attn"] = x
             x = block.feed(x)
@@ -135,7 +136,7 @@ def fold_normalisation_(conv: nn.Conv2d, mean: Tensor, std: Tensor) -> None:
 
 
 @torch.no_grad()
-def fold_scales_(block: nn.Module) -> None:
+def fold_scales_(block: Any) -> None:
     """Fold a block's LayerNorm affine and LayerScale into the linear layers beside them, in place.
 
     litert-torch folds both by itself, after the weights were rounded (measured: the structural

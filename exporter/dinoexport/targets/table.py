@@ -2,9 +2,8 @@
 
 from importlib import import_module
 
-from dinotrain.errors import unknown_name
-
 from dinoexport.targets.base import Target
+from dinotrain.errors import unknown_name
 
 TABLE = {
     "onnx": "dinoexport.targets.onnx:OnnxTarget",

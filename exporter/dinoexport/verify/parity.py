@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from dinotrain.tasks.base import Task
 
 from dinoexport.errors import ParityError
 from dinoexport.manifest import (
@@ -24,6 +23,7 @@ from dinoexport.targets.base import Runtime, Target
 from dinoexport.verify.blame import blame_outputs, blame_structure
 from dinoexport.verify.metrics import max_error, sqnr_db
 from dinoexport.verify.reference import Norm, Reference, Values
+from dinotrain.tasks.base import Task
 
 STRUCTURE_DB = 110.0
 """Clean builds measure 120 to 150 dB in exact arithmetic, planted faults at most 96 (FINDINGS; the

@@ -8,11 +8,11 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import numpy as np
 import torch
-from dinotrain.model import TaskModel
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from dinoexport.errors import ParityError
 from dinoexport.graph.deploy_model import DeployModel, round_weights_
 from dinoexport.verify.metrics import max_error, sqnr_db
 from dinoexport.verify.samples import parity_samples
+from dinotrain.backbones.vit import Block
+from dinotrain.model import TaskModel
 
 FORMAT_VERSION = 1
 SKETCH_SIZE = 1024
@@ -182,7 +184,7 @@ def _run_training(
     x = backbone.tokens(model.normalise(stacked))
     taps = {"tokens": x}
     for index in range(model.pool.last_block(backbone.config.depth) + 1):
-        block = backbone.blocks[index]
+        block = cast(Block, backbone.blocks[index])
         x = block.attend(x)
         taps[f"blocks.{index}.attn"] = x
         x = block.feed(x)

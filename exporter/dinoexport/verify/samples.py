@@ -3,8 +3,9 @@
 from importlib.resources import files
 
 import numpy as np
-from dinotrain.tasks.base import Task
 from PIL import Image
+
+from dinotrain.tasks.base import Task
 
 RENDERED = 4
 _PHOTOGRAPHS = ("astronaut_face", "astronaut_eye_right", "astronaut_eye_left", "cat_face")

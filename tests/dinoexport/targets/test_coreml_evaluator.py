@@ -14,12 +14,13 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from coremltools.proto import Model_pb2  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
 from dinoexport.errors import BundleError, ParityError, UnknownOperationError  # noqa: E402
 from dinoexport.targets.coreml.evaluator import PackageEvaluator  # noqa: E402
 from dinoexport.targets.coreml.precision import half_before  # noqa: E402
 from dinotrain.backbones.vit import VisionTransformer, ViTConfig, init_weights_  # noqa: E402
 from dinotrain.errors import ShapeError, UsageError  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
 
 SIZE = 56
 STRUCTURE_DB = 110

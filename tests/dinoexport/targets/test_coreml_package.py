@@ -12,6 +12,8 @@ import coremltools as ct  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from coremltools.proto import Model_pb2  # noqa: E402
+from torch import nn  # noqa: E402
+
 from dinoexport.errors import BundleError  # noqa: E402
 from dinoexport.targets.coreml.evaluator import PackageEvaluator  # noqa: E402
 from dinoexport.targets.coreml.package import (  # noqa: E402
@@ -19,7 +21,6 @@ from dinoexport.targets.coreml.package import (  # noqa: E402
     normalise_package,
     open_package,
 )
-from torch import nn  # noqa: E402
 
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"

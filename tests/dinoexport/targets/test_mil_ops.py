@@ -12,6 +12,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from coremltools.converters.mil.mil import Builder as mb  # noqa: E402, N813
 from coremltools.converters.mil.mil import Function, types  # noqa: E402
+
 from dinoexport.targets.coreml.evaluator import PackageEvaluator  # noqa: E402
 from dinoexport.targets.coreml.mil_ops import KERNELS  # noqa: E402
 

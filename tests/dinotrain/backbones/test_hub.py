@@ -11,11 +11,12 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from safetensors.torch import save
+
 from dinotrain.backbones import hub, load_backbone, weights
 from dinotrain.backbones.layouts import to_layout
 from dinotrain.backbones.vit import VARIANTS, VisionTransformer, ViTConfig
 from dinotrain.errors import DownloadError, ShapeError, UsageError, WeightsError
-from safetensors.torch import save
 
 NAME = "dinov2_vits14"
 COMMIT = "a" * 40

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dinotrain.backbones.position import PositionRule, check_rule, resample_position
-from dinotrain.errors import ShapeError, UsageError
 from transformers import (
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
 )
+
+from dinotrain.backbones.position import PositionRule, check_rule, resample_position
+from dinotrain.errors import ShapeError, UsageError
 
 GRID = (37, 37)
 DIM = 8

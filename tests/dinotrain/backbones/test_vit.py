@@ -3,6 +3,13 @@
 import msgspec
 import pytest
 import torch
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+)
+
 from dinotrain.backbones import load_backbone
 from dinotrain.backbones.vit import (
     VARIANTS,
@@ -13,12 +20,6 @@ from dinotrain.backbones.vit import (
     swiglu_hidden_dim,
 )
 from dinotrain.errors import ShapeError, UsageError
-from transformers import (
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-)
 
 # Outputs are of order 1 after the last LayerNorm. Measured: 0 with GELU (the same operations in
 # the same order), 1.5e-6 with SwiGLU (two products there, one of w12 here); every planted fault at

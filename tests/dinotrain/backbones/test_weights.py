@@ -8,15 +8,6 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from dinotrain.backbones.layouts import detect, library_rule, to_layout, to_ours, variant_name
-from dinotrain.backbones.vit import VARIANTS, VisionTransformer, ViTConfig, swiglu_hidden_dim
-from dinotrain.backbones.weights import (
-    check_image_size,
-    load_backbone,
-    read_weights,
-    save_backbone,
-)
-from dinotrain.errors import ShapeError, UsageError, WeightsError
 from safetensors.torch import load_file, save_file
 from transformers import (
     Dinov2Config,
@@ -26,6 +17,16 @@ from transformers import (
     Dinov2WithRegistersForImageClassification,
     Dinov2WithRegistersModel,
 )
+
+from dinotrain.backbones.layouts import detect, library_rule, to_layout, to_ours, variant_name
+from dinotrain.backbones.vit import VARIANTS, VisionTransformer, ViTConfig, swiglu_hidden_dim
+from dinotrain.backbones.weights import (
+    check_image_size,
+    load_backbone,
+    read_weights,
+    save_backbone,
+)
+from dinotrain.errors import ShapeError, UsageError, WeightsError
 
 DIM, DEPTH, SIDE = 128, 3, 5
 KINDS = [("gelu", 0), ("gelu", 4), ("swiglu", 0), ("swiglu", 4)]

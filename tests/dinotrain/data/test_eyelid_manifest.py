@@ -6,11 +6,12 @@ import math
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from dinotrain.data.dataset import Dataset, assign_splits, fingerprint
 from dinotrain.data.eyelid_manifest import GAZES, OPTIONAL, REQUIRED, read_manifest
 from dinotrain.errors import DataError
 from dinotrain.tasks import get_task
-from PIL import Image
 
 COLUMNS = (*REQUIRED, *OPTIONAL)
 

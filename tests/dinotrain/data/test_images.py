@@ -5,10 +5,11 @@ import zlib
 
 import numpy as np
 import pytest
-from dinotrain.data.images import check_image, crop_window, fit_image, read_image
-from dinotrain.errors import DataError, ShapeError
 from PIL import Image
 from skimage.transform import downscale_local_mean
+
+from dinotrain.data.images import check_image, crop_window, fit_image, read_image
+from dinotrain.errors import DataError, ShapeError
 
 
 @pytest.fixture

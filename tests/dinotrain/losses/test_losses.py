@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from dinotrain.errors import UsageError
 from dinotrain.losses.bits import bce, bit_weights, focal, masked_mean
 from dinotrain.losses.orthogonality import task_orthogonality

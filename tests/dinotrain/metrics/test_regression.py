@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from scipy import stats
+from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
+
 from dinotrain.errors import ShapeError
 from dinotrain.metrics.regression import evaluate_targets, icc_2_1
 from dinotrain.tasks.base import TargetSpec
-from scipy import stats
-from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 
 TARGETS = (TargetSpec("a", "mm", 0.0, 16.0, ""), TargetSpec("b", "mm", 0.0, 16.0, ""))
 

@@ -7,12 +7,13 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+
 from dinotrain.backbones.vit import VisionTransformer, ViTConfig, init_weights_
 from dinotrain.errors import DataError, UsageError
 from dinotrain.pretrain import dense, eye_pool
 from dinotrain.pretrain.dense import DenseConfig
 from dinotrain.pretrain.eye_pool import EyePool, load_pool
-from safetensors import safe_open
 
 SMALL = ViTConfig(
     name="tiny", embed_dim=24, depth=2, heads=2, ffn_dim=48, grid=(16, 16), position_rule="size"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from dinotrain.data.synthetic.eyes import render_eye
 from dinotrain.tasks import get_task
 from dinotrain.tasks.eyelid_drawing import (

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinotrain.backbones.vit import TapNorm, ViTConfig, VisionTransformer
+from dinotrain.backbones.vit import TapNorm, VisionTransformer, ViTConfig
 from dinotrain.errors import UsageError
 
 

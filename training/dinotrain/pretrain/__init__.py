@@ -1,0 +1,1 @@
+"""Training backbones: dense supervision on rendered images; self-supervision is to come."""

@@ -1,7 +1,7 @@
 """Makes the embedded checkpoint: a backbone on rendered eyes, frozen, then a head on its features.
 
-``python -m dinotrain.pretrain.embedded --out FILE`` reproduces it: the same eyes and the same recipe;
-the bits differ between machines, the metrics by their noise.
+``python -m dinotrain.pretrain.embedded --out FILE`` reproduces it, with the same eyes and the same
+recipe; the bits differ between machines, the metrics by their noise.
 """
 
 import tempfile
@@ -17,6 +17,7 @@ from dinotrain.heads.branch import HeadConfig
 from dinotrain.pretrain.dense import main as train_backbone
 from dinotrain.train_config import TrainConfig
 
+WORK = Path(tempfile.gettempdir()) / "dinotrain-embedded"
 STEPS = 6000
 HEAD_EYES = 2500
 HEAD_SEED = 2026
@@ -27,7 +28,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Checkpoint to write, .safetensors.")],
     work: Annotated[
         Path, typer.Option(help="Rendered eyes and the backbone are kept here.")
-    ] = Path(tempfile.gettempdir()) / "dinotrain-embedded",
+    ] = WORK,
     backbone: Annotated[
         Path | None, typer.Option(help="A backbone that was trained before; skips its training.")
     ] = None,

@@ -16,13 +16,13 @@ import torch
 from coremltools.converters.mil.frontend.milproto.load import load
 from coremltools.converters.mil.mil import types
 from coremltools.proto import FeatureTypes_pb2
-from dinotrain.errors import ShapeError, UsageError, unknown_name
 from torch import Tensor
 
 from dinoexport.errors import BundleError, ParityError, UnknownOperationError
 from dinoexport.targets.coreml.mil_operands import Operands, as_tensor, carrier
 from dinoexport.targets.coreml.mil_ops import KERNELS
 from dinoexport.targets.coreml.package import Package, open_package
+from dinotrain.errors import ShapeError, UsageError, unknown_name
 
 FP16_LIMIT = 65504.0
 """The largest finite number in half precision."""

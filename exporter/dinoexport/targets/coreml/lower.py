@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import coremltools as ct
 import numpy as np
@@ -40,7 +41,7 @@ def lower(
     )
     height, width = program.image_size
     try:
-        model = ct.convert(
+        model: Any = ct.convert(
             program.program,
             inputs=[
                 ct.ImageType(

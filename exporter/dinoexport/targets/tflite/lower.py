@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import flatbuffers
 import litert_torch
@@ -91,17 +92,17 @@ def weights_of(content: bytes) -> list[bytes]:
     """Return all constant buffers of a flatbuffer, sorted: equal for equal weights."""
     model = schema.Model.GetRootAs(content, 0)
     buffers = [model.Buffers(i) for i in range(model.BuffersLength())]
-    held = [b.DataAsNumpy().tobytes() for b in buffers if b is not None and b.DataLength()]
+    held = [bytes(np.asarray(b.DataAsNumpy())) for b in buffers if b is not None and b.DataLength()]
     # Small ones are shapes and versions, which follow the outputs.
     return sorted(data for data in held if len(data) > 64)
 
 
 def embed_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
     """Add each pair as a metadata buffer of its own."""
-    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+    model: Any = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
     model.metadata = list(model.metadata or [])
     for key, value in sorted(metadata.items()):
-        buffer = schema.BufferT()
+        buffer: Any = schema.BufferT()
         buffer.data = np.frombuffer(value.encode(), dtype=np.uint8)
         entry = schema.MetadataT()
         entry.name = key

@@ -185,7 +185,7 @@ def read_metadata(path: Path) -> dict[str, str]:
             model = schema.Model.GetRootAs(content, 0)
             found = {}
             for i in range(model.MetadataLength()):
-                entry = model.Metadata(i)
+                entry: Any = model.Metadata(i)
                 if entry is None or entry.Name() is None:
                     continue
                 buffer = model.Buffers(entry.Buffer())
