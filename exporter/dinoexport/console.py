@@ -7,7 +7,9 @@ file and keeps the console on the real stderr.
 import ctypes
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -141,6 +143,19 @@ def quiet(log: Path) -> Iterator[None]:
         os.close(handle)
         # Libraries attach handlers to the root logger, which would speak from now on.
         logging.getLogger().handlers[:] = handlers
+
+
+@contextmanager
+def quiet_beside(out: Path) -> Iterator[None]:
+    """``quiet`` into ``out``'s name with the suffix .log, if there is anything to write."""
+    with tempfile.TemporaryDirectory(prefix="dinoexport-") as folder:
+        noise = Path(folder) / "log"
+        try:
+            with quiet(noise):
+                yield
+        finally:
+            if noise.stat().st_size and out.parent.is_dir():
+                shutil.copyfile(noise, out.with_suffix(".log"))
 
 
 def _flush_c() -> None:

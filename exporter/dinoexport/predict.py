@@ -117,7 +117,9 @@ def _load(file: Path, bundle: Bundle, mirror: bool, px_per_mm: float | None) -> 
         fitted = fit_image(image, size)
     else:
         window_mm = bundle.manifest.preprocessing.window_mm
-        if max(image.shape[:2]) < MIN_COVER * px_per_mm * window_mm:
+        window_px = px_per_mm * window_mm
+        window_high_px = window_px * size[0] / size[1]
+        if image.shape[1] < MIN_COVER * window_px or image.shape[0] < MIN_COVER * window_high_px:
             raise DataError(
                 f"{file}: at --px-per-mm {px_per_mm:g} its {image.shape[1]}×{image.shape[0]} "
                 f"pixels show less than half of the {window_mm:g} mm window. Check the scale."

@@ -151,7 +151,8 @@ def _describe_argument(error: Any, arguments: Sequence[str]) -> str:
     if value and f"'{value}'" not in message:
         message = message.replace("Invalid value for", f"Invalid value '{value}' for", 1)
     command = error.ctx.command_path if error.ctx else "dinoexport"
-    return f"{message.rstrip('.')}. See `{command} --help`."
+    end = "" if message[-1] in ".?" else "."
+    return f"{message}{end} See `{command} --help`."
 
 
 def _value_given(options: Sequence[str], arguments: Sequence[str]) -> str:

@@ -171,14 +171,11 @@ def train(
         cache=cache,
         resume=resume,
     )
-    from dinoexport.console import Reporter, quiet
+    from dinoexport.console import Reporter, quiet_beside
     from dinotrain.checkpoint import read_config
 
-    log = out.with_suffix(".log")
-    with Reporter().tracker() as track, quiet(log):
+    with Reporter().tracker() as track, quiet_beside(out):
         path = run_train(config, track)
-    if not log.stat().st_size:
-        log.unlink()
     trained = read_config(path)
     if json:
         print_json({"path": str(path), "metrics": trained.metrics, "notice": trained.notice})
