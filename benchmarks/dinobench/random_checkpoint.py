@@ -1,0 +1,38 @@
+"""Write a ViT-S/14 checkpoint of random weights, in a process of its own: benchmarks have no torch.
+
+Cost does not depend on what the weights are, and no download is needed.
+"""
+
+import sys
+from pathlib import Path
+
+
+def write(path: Path) -> Path:
+    """Write the checkpoint: dinov2_vits14 at 224, an MLP head, every weight random."""
+    import torch
+
+    from dinotrain.backbones.vit import VARIANTS, init_weights_
+    from dinotrain.checkpoint import CheckpointConfig, save_checkpoint
+    from dinotrain.heads.branch import HeadConfig
+    from dinotrain.model import TaskModel
+
+    torch.manual_seed(0)
+    config = CheckpointConfig(
+        task="eyelid",
+        backbone=VARIANTS["dinov2_vits14"],
+        image_size=(224, 224),
+        head=HeadConfig(kind="mlp"),
+        trained_on="nothing (random weights)",
+        notice="Random weights.",
+    )
+    model = TaskModel(config)
+    init_weights_(model.backbone)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Biases and scales start at 0 and 1, which a converter may fold away.
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return save_checkpoint(model, config, path)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
