@@ -156,7 +156,8 @@ def _describe_argument(error: Any, arguments: Sequence[str]) -> str:
 
 
 def _value_given(options: Sequence[str], arguments: Sequence[str]) -> str:
-    for index, argument in enumerate(arguments):
+    # Of an option that is given twice the last one counts.
+    for index, argument in reversed(list(enumerate(arguments))):
         name, separator, value = argument.partition("=")
         if name in options:
             return value if separator else "".join(arguments[index + 1 : index + 2])
