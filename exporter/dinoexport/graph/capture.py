@@ -87,7 +87,22 @@ def _export(model: nn.Module) -> ExportedProgram:
     image = torch.zeros(1, 3, *model.image_size)  # type: ignore[misc]
     arguments = tuple(image.clone() for _ in model.input_names)  # type: ignore[union-attr]
     with torch.no_grad():
-        return torch.export.export(model, arguments).run_decompositions({})
+        program = torch.export.export(model, arguments).run_decompositions({})
+    _drop_aliases_(program)
+    return program
+
+
+def _drop_aliases_(program: ExportedProgram) -> None:
+    """Remove slices that take everything, which Core ML's converter refuses: x → alias → y."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        if (
+            node.target == torch.ops.aten.alias.default
+            and program.graph.output_node() not in node.users
+        ):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 def _downstream(program: ExportedProgram, decoder: nn.Module) -> list[str]:
