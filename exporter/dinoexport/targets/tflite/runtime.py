@@ -58,6 +58,10 @@ class TfliteRuntime(Runtime):
                 "It is not the one that was built; build it again."
             )
         self._taps = {tap: names[name] for tap, name in taps.items()}
+        # A signature gives its outputs by alphabet; apps that count them see the file's order.
+        places = [d["index"] for d in self._interpreter.get_output_details()]
+        details = self._runner.get_output_details()
+        self._order = sorted(details, key=lambda name: places.index(details[name]["index"]))
 
     def run(self, images: Mapping[str, np.ndarray]) -> RunResult:
         """See Runtime.run."""
@@ -66,7 +70,7 @@ class TfliteRuntime(Runtime):
             tap: np.array(self._interpreter.get_tensor(index), np.float32)
             for tap, index in self._taps.items()
         }
-        return RunResult({n: np.array(v, np.float32) for n, v in outputs.items()}, taps)
+        return RunResult({n: np.array(outputs[n], np.float32) for n in self._order}, taps)
 
     def count_operations(self) -> dict[str, int]:
         """Operators by type, without the delegate's own."""
