@@ -129,18 +129,31 @@ def compare_norms(epsilons: Sequence[float], wanted: Sequence[Norm]) -> dict[str
     Returns:
         {layer: what is wrong there}, empty where all agree.
     """
-    expected = [norm.epsilon for norm in wanted]
-    if len(epsilons) != len(expected):
-        text = f"the artifact has {len(epsilons)} LayerNorms, the reference {len(expected)}"
-        return {wanted[0].layer if wanted else "head": text}
-    if np.allclose(sorted(epsilons), sorted(expected), rtol=EPSILON_TOLERANCE, atol=0):
+    left = list(epsilons)
+    missing: list[Norm] = []
+    # Those that may be merged come last, so that they do not take another one's place.
+    for norm in sorted(wanted, key=lambda norm: norm.repeated):
+        place = next((i for i, e in enumerate(left) if _same_epsilon(e, norm)), None)
+        if place is not None:
+            del left[place]
+        elif not norm.repeated:
+            missing.append(norm)
+    if not left and not missing:
         return {}
-    wrong: dict[str, str] = {}
-    for found, norm in zip(epsilons, wanted, strict=True):
-        if not np.isclose(found, norm.epsilon, rtol=EPSILON_TOLERANCE, atol=0):
-            text = f"LayerNorm has epsilon {found:.4g} where {norm.epsilon:.4g} is wanted"
-            wrong.setdefault(norm.layer, text)
-    return wrong
+    if len(epsilons) == len(wanted):
+        wrong: dict[str, str] = {}
+        for found, norm in zip(epsilons, wanted, strict=True):
+            if not _same_epsilon(found, norm):
+                text = f"LayerNorm has epsilon {found:.4g} where {norm.epsilon:.4g} is wanted"
+                wrong.setdefault(norm.layer, text)
+        return wrong
+    if missing:
+        return {n.layer: f"no LayerNorm has its epsilon {n.epsilon:.4g}" for n in missing}
+    return {"head": f"a LayerNorm more than in the reference, of epsilon {left[0]:.4g}"}
+
+
+def _same_epsilon(epsilon: float, norm: Norm) -> bool:
+    return bool(np.isclose(epsilon, norm.epsilon, rtol=EPSILON_TOLERANCE, atol=0))
 
 
 class _Ticker:

@@ -33,10 +33,15 @@ ROUNDED_PRECISIONS = ("fp16",)
 
 
 class Norm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One LayerNorm as it runs: its epsilon, and the first tap that it reaches (or ``head``)."""
+    """One LayerNorm as it runs: its epsilon, and the first tap that it reaches (or ``head``).
+
+    ``repeated`` says that an earlier one read the same values, so that a converter may compute it
+    once for both: the members of an ensemble do.
+    """
 
     layer: str
     epsilon: float
+    repeated: bool
 
 
 class ReferenceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -83,7 +88,10 @@ class Reference:
         """Every LayerNorm in running order, its epsilon rounded to a precision."""
         if precision not in self.rounded:
             return list(self.info.norms)
-        return [Norm(n.layer, float(np.float16(n.epsilon))) for n in self.info.norms]
+        return [
+            msgspec.structs.replace(n, epsilon=float(np.float16(n.epsilon)))
+            for n in self.info.norms
+        ]
 
     def structural(self, precision: str) -> Values:
         """Values of the model whose weights are rounded to a precision."""
@@ -235,10 +243,13 @@ def _norms(deploy: DeployModel, device: torch.device) -> tuple[Norm, ...]:
     """Every LayerNorm in running order, with its unrounded epsilon."""
     layers = [*deploy.tap_names, "head"]
     found: list[Norm] = []
+    read: list[tuple[float, Tensor]] = []
 
-    def note(module: nn.Module, _inputs: object) -> None:
-        layer = layers[len(deploy.backbone.record)]
-        found.append(Norm(layer, float(module.eps)))  # type: ignore[arg-type]
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        epsilon = float(module.eps)  # type: ignore[arg-type]
+        repeated = any(e == epsilon and torch.equal(x, inputs[0]) for e, x in read)
+        read.append((epsilon, inputs[0]))
+        found.append(Norm(layers[len(deploy.backbone.record)], epsilon, repeated))
 
     hooks = [
         module.register_forward_pre_hook(note)
