@@ -219,18 +219,21 @@ def evaluate(
 
 
 def _print_metrics(title: str, targets: dict[str, Any]) -> None:
-    typer.echo(title)
-    for name, metrics in targets.items():
-        if not isinstance(metrics, dict):
-            continue
-        shown = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
-        typer.echo(f"  {name:6} " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items()))
-        mean = metrics.get("mean_predictor")
-        if isinstance(mean, dict):
-            shown = {k: v for k, v in mean.items() if isinstance(v, int | float)}
-            typer.echo(
-                "         mean predictor: " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
-            )
+    """Print one column per output, one row per figure, those of the mean predictor below."""
+    rows: dict[str, dict[str, str]] = {}
+    for output, metrics in targets.items():
+        mean = metrics.get("mean_predictor") or {}
+        figures = {k: v for k, v in metrics.items() if k != "mean_predictor"}
+        for label, value in [*figures.items(), *((f"mean predictor: {k}", mean[k]) for k in mean)]:
+            shown = f"{value:.4g}" if isinstance(value, int | float) else "–"
+            rows.setdefault(label, {})[output] = shown
+    # What a model must beat stands last, whichever output brought it in first.
+    ordered = sorted(rows, key=lambda label: label.startswith("mean predictor"))
+    width = max(map(len, ["", title, *rows]))
+    typer.echo(f"{title:{width}}" + "".join(f"{output:>12}" for output in targets))
+    for label in ordered:
+        cells = "".join(f"{rows[label].get(output, ''):>12}" for output in targets)
+        typer.echo(f"{label:{width}}{cells}")
 
 
 def _resolve_backbone(name: str, task: str) -> str:
