@@ -1,7 +1,8 @@
 """A bundle: artifact, manifest, reference and report in one folder, put in place in one step.
 
 A killed build leaves the earlier bundle as it was; what it had half written lies in a hidden folder
-that the next build removes.
+that the next build removes. Where the file system cannot exchange two folders, the earlier bundle
+has a hidden name for a moment; if the build is killed just then, the next one brings it back.
 """
 
 import ctypes
@@ -25,7 +26,9 @@ REFERENCE = "reference.safetensors"
 REPORT = "report.md"
 LOCK = ".dinoexport.lock"
 PARTIAL = ".dinoexport-partial-"
+EARLIER = ".dinoexport-earlier-"
 MAX_MANIFEST_BYTES = 4 * 2**20
+_AGAIN = "Build it again."
 
 
 @dataclass(frozen=True)
@@ -80,13 +83,23 @@ def check_files(bundle: Bundle) -> None:
     """Compare every file of a bundle with its digest.
 
     Raises:
-        TamperedError: a file is missing, changed, truncated, or not named in the manifest.
+        TamperedError: a file is missing, changed, truncated, a link, or not named in the manifest.
     """
     recorded = bundle.manifest.files
+    artifact = bundle.manifest.artifact
+    for name in (artifact, REFERENCE):
+        if not any(file == name or file.startswith(f"{name}/") for file in recorded):
+            raise TamperedError(f"{bundle.path}: the manifest holds no sha256 of {name}. {_AGAIN}")
+    # What a link points to can change, and files behind the link of a folder would not be listed.
+    parts = [bundle.path / name for name in recorded]
+    for file in (bundle.artifact, *bundle.artifact.rglob("*"), *parts):
+        if file.is_symlink():
+            name = file.relative_to(bundle.path).as_posix()
+            raise TamperedError(f"{bundle.path}: {name} is a link. {_AGAIN}")
     for name, record in recorded.items():
         file = bundle.path / name
-        if not file.is_file() or file.is_symlink():
-            raise TamperedError(f"{bundle.path}: {name} is missing. Build it again.")
+        if not file.is_file():
+            raise TamperedError(f"{bundle.path}: {name} is missing. {_AGAIN}")
         size = file.stat().st_size
         if size != record.size_bytes:
             raise TamperedError(
@@ -99,9 +112,10 @@ def check_files(bundle: Bundle) -> None:
                 "It was changed; build it again."
             )
     extra = sorted(set(_files(bundle.path)) - recorded.keys() - {MANIFEST})
-    if any(name.startswith(f"{bundle.manifest.artifact}/") for name in extra):
+    added = [name for name in extra if name.startswith(f"{artifact}/")]
+    if added:
         raise TamperedError(
-            f"{bundle.path}: {extra[0]} is not in the manifest. It was added; build it again."
+            f"{bundle.path}: {added[0]} is not in the manifest. It was added; build it again."
         )
 
 
@@ -116,7 +130,7 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
 
 @contextmanager
 def lock_output(out: Path) -> Iterator[None]:
-    """Own an output folder while building into it, and clear what killed builds left there.
+    """Own an output folder while building into it, and mend what killed builds left there.
 
     Raises:
         BuildError: another build owns it, or the folder cannot be made.
@@ -134,8 +148,7 @@ def lock_output(out: Path) -> Iterator[None]:
             f"{out}: cannot build there: {_reason(error)}. Give another --out."
         ) from error
     try:
-        for left in out.glob(f"{PARTIAL}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        _mend(out)
         yield
     finally:
         lock.release()
@@ -185,6 +198,19 @@ def _flush(folder: Path) -> None:
             os.fsync(handle.fileno())
 
 
+def _mend(out: Path) -> None:
+    """Clear what killed builds left, and give earlier bundles their name back where it is free."""
+    for partial in out.glob(f"{PARTIAL}*"):
+        shutil.rmtree(partial, ignore_errors=True)
+    for earlier in out.glob(f"{EARLIER}*"):
+        destination = out / earlier.name.removeprefix(EARLIER)
+        if destination.exists():
+            shutil.rmtree(earlier, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                earlier.rename(destination)
+
+
 def _put_in_place(source: Path, destination: Path) -> None:
     if not destination.exists():
         source.rename(destination)
@@ -197,12 +223,13 @@ def _put_in_place(source: Path, destination: Path) -> None:
         shutil.rmtree(source, ignore_errors=True)
         return
     # Where two folders cannot be exchanged, the old one steps aside and comes back on failure.
-    aside = source.with_name(f"{source.name}-old")
-    destination.rename(aside)
+    aside = destination.with_name(f"{EARLIER}{destination.name}")
     try:
+        destination.rename(aside)
         source.rename(destination)
-    except OSError:
-        aside.rename(destination)
+    except BaseException:
+        if aside.exists() and not destination.exists():
+            aside.rename(destination)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -220,4 +247,6 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _reason(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno and not error.args[1:2] else str(error.args[-1])
+    """Say in one line what the system says, without the path that its text may hold."""
+    text = str(error.args[-1]) if error.args else type(error).__name__
+    return " ".join((error.strerror or text).split())

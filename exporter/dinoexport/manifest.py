@@ -197,7 +197,7 @@ def decode_manifest(raw: bytes, where: str) -> Manifest:
     """
     try:
         version = msgspec.json.decode(raw, type=dict[str, Any]).get("schema_version")
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{where}: not a JSON manifest: {error}. Build it again.") from error
     if version != SCHEMA_VERSION:
         raise BundleError(
@@ -211,5 +211,5 @@ def decode_manifest(raw: bytes, where: str) -> Manifest:
     for name in (manifest.artifact, *manifest.files):
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not path.parts:
-            raise BundleError(f"{where}: file name '{name}' leaves the bundle. Do not use it.")
+            raise BundleError(f"{where}: file name {name!r} leaves the bundle. Do not use it.")
     return manifest

@@ -1,4 +1,4 @@
-"""A tiny trained-looking checkpoint and the bundles built from it, made once per session."""
+"""A tiny trained-looking checkpoint, the bundles built from it, and a manifest written by hand."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +7,20 @@ import pytest
 import torch
 
 from dinoexport.console import Reporter
+from dinoexport.manifest import (
+    Blame,
+    CheckpointRecord,
+    FileRecord,
+    InputSpec,
+    Manifest,
+    OutputParity,
+    OutputSpec,
+    Preprocessing,
+    ReferenceRecord,
+    Structure,
+    TapParity,
+    Verdict,
+)
 from dinoexport.pipeline import BuildRequest, build
 from dinotrain.backbones.vit import ViTConfig, init_weights_
 from dinotrain.checkpoint import CheckpointConfig, save_checkpoint
@@ -68,3 +82,72 @@ def built(
         return done[key]
 
     return bundle
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    """A manifest with something in every place, of files that are nowhere."""
+    return Manifest(
+        name="eyelid-tiny",
+        task="eyelid",
+        target="coreml",
+        precision="fp16",
+        artifact="eyelid-tiny.mlpackage",
+        minimum_os="iOS 17",
+        inputs=(
+            InputSpec(
+                name="primary",
+                shape=(56, 56, 3),
+                dtype="uint8",
+                layout="image RGB",
+                description="the eye in primary gaze",
+            ),
+        ),
+        outputs=(
+            OutputSpec(
+                name="lf_mm", unit="mm", shape=(1,), dtype="float32", description="lid excursion"
+            ),
+        ),
+        preprocessing=Preprocessing(
+            window_mm=40.0, orientation="right", app="crop, 56×56", model="normalises"
+        ),
+        class_names=("a", "b"),
+        files={"eyelid-tiny.mlpackage/model": FileRecord(sha256="0" * 64, size_bytes=3)},
+        checkpoint=CheckpointRecord(
+            name="tiny.safetensors", sha256="1" * 64, trained_on="nothing", position_rule="size"
+        ),
+        taps={"tokens": "value_1"},
+        tools={"torch": "2"},
+        licence="Apache-2.0",
+        notice="Random weights.",
+        parity=Verdict(
+            passed=False,
+            runtime="Core ML evaluator",
+            reference=ReferenceRecord(
+                device="CPU", versions={"torch": "2"}, samples=6, checkpoint_sha256="1" * 64
+            ),
+            outputs={
+                "lf_mm": OutputParity(
+                    unit="mm", max_error=1.5e-05, budget=0.02, sqnr_db=61.3, passed=True
+                )
+            },
+            structure=Structure(
+                runtime="NumPy",
+                threshold_db=110.0,
+                worst_tap="tokens",
+                worst_db=20.5,
+                gelu=("exact",),
+                epsilons=(1e-06,),
+                passed=False,
+            ),
+            taps={"tokens": TapParity(structure_db=20.5, precision_db=20.1)},
+            blame=Blame(
+                gate="structure",
+                layer="tokens",
+                sqnr_db=20.5,
+                previous_layer="input",
+                previous_db=200.0,
+                message="the artifact leaves the reference at tokens",
+            ),
+        ),
+    )
