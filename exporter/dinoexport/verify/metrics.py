@@ -9,11 +9,11 @@ MAX_DB = 200.0
 def sqnr_db(reference: np.ndarray, actual: np.ndarray) -> float:
     """10·log10(Σ reference² / Σ (actual − reference)²), at most ``MAX_DB``; −inf becomes −MAX_DB.
 
-    A value that is not finite where the reference is scores −MAX_DB.
+    What cannot be compared scores −MAX_DB: misshapen, empty, or not finite on either side.
     """
     reference = np.asarray(reference, np.float64)
     actual = np.asarray(actual, np.float64)
-    if reference.shape != actual.shape or not np.isfinite(actual).all():
+    if not _comparable(reference, actual):
         return -MAX_DB
     noise = float(((actual - reference) ** 2).sum())
     signal = float((reference**2).sum())
@@ -25,9 +25,17 @@ def sqnr_db(reference: np.ndarray, actual: np.ndarray) -> float:
 
 
 def max_error(reference: np.ndarray, actual: np.ndarray) -> float:
-    """Largest absolute difference; 1e30 where the actual value is not finite or misshapen."""
+    """Largest absolute difference; 1e30 where the two cannot be compared, as in ``sqnr_db``."""
     reference = np.asarray(reference, np.float64)
     actual = np.asarray(actual, np.float64)
-    if reference.shape != actual.shape or not np.isfinite(actual).all():
+    if not _comparable(reference, actual):
         return 1e30
     return float(np.abs(actual - reference).max())
+
+
+def _comparable(reference: np.ndarray, actual: np.ndarray) -> bool:
+    return (
+        reference.shape == actual.shape
+        and reference.size > 0
+        and bool(np.isfinite(reference).all() and np.isfinite(actual).all())
+    )

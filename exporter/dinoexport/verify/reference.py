@@ -124,7 +124,7 @@ def make_reference(
         device: default ``pick_device()``.
 
     Raises:
-        ParityError: the deploy graph leaves the training model.
+        ParityError: the model's values are not finite, or the deploy graph leaves the model.
     """
     device = device or pick_device()
     samples = parity_samples(model.task, model.config.image_size)
@@ -136,6 +136,7 @@ def make_reference(
         positions = _positions(deploy, device)
         exact = _run_all(lambda pixels: _run_training(model, pixels), inputs, positions, device)
         unrounded = _run_all(deploy.run, inputs, positions, device)
+        _check_finite(exact)
         _check_deploy(exact, unrounded)
         norms = _norms(deploy, device)
         rounded = {}
@@ -263,6 +264,15 @@ def _norms(deploy: DeployModel, device: torch.device) -> tuple[Norm, ...]:
     return tuple(found)
 
 
+def _check_finite(exact: Values) -> None:
+    for name, value in (exact.taps | exact.outputs).items():
+        if not np.isfinite(value).all():
+            raise ParityError(
+                f"the checkpoint gives values that are not finite at {name}, so there is nothing "
+                "to compare with. Train it again, or give another --checkpoint."
+            )
+
+
 def _check_deploy(training: Values, deploy: Values) -> None:
     for name, value in training.outputs.items():
         error = max_error(value, deploy.outputs[name])
@@ -300,10 +310,12 @@ def load_reference(path: Path) -> Reference:
         raise ParityError(f"{path}: no such reference. Make one with `dinoexport reference`.")
     try:
         with safe_open(path, framework="numpy") as file:
+            # First, so that nothing of a foreign file is read.
             raw = (file.metadata() or {}).get("reference", "")
+            info = msgspec.json.decode(raw, type=ReferenceInfo)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        info = msgspec.json.decode(raw, type=ReferenceInfo)
-    except (SafetensorError, OSError, ValueError) as error:
+    # NumPy lacks some of safetensors' types, which is a TypeError or an AttributeError.
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise ParityError(
             f"{path}: not a reference file: {error}. Make one with `dinoexport reference`."
         ) from error
@@ -331,24 +343,38 @@ def _part(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
 
 
 def _check_shapes(reference: Reference, path: Path) -> None:
-    broken = ParityError(
-        f"{path}: the parts of the reference do not fit together. "
-        "Make it again with `dinoexport reference`."
-    )
-    shape = (*reference.info.image_size, 3)
-    if not reference.inputs or not reference.exact.outputs or not reference.exact.taps:
-        raise broken
-    count = reference.samples
-    for images in reference.inputs.values():
-        if images.dtype != np.uint8 or images.shape != (count, *shape):
-            raise broken
-    for values in (reference.exact, *reference.rounded.values()):
-        if values.outputs.keys() != reference.exact.outputs.keys():
-            raise broken
-        if any(v.shape != (count,) for v in values.outputs.values()):
-            raise broken
-        for name, tap in values.taps.items():
-            if name not in reference.positions:
-                raise broken
-            if tap.shape != (count, len(reference.positions[name])):
-                raise broken
+    if not _fits(reference):
+        raise ParityError(
+            f"{path}: the parts of the reference do not fit together. "
+            "Make it again with `dinoexport reference`."
+        )
+
+
+def _fits(reference: Reference) -> bool:
+    """True if there is something to compare, and its parts have the shapes that they should."""
+    exact, positions = reference.exact, reference.positions
+    if not reference.inputs or not exact.outputs or not exact.taps:
+        return False
+    shapes = {images.shape for images in reference.inputs.values()}
+    count = next(iter(shapes))[:1]
+    if shapes != {(*count, *reference.info.image_size, 3)} or count == (0,):
+        return False
+    if any(images.dtype != np.uint8 for images in reference.inputs.values()):
+        return False
+    if positions.keys() != exact.taps.keys():
+        return False
+    # An index below zero would be taken from the end.
+    if any(
+        p.ndim != 1 or p.dtype.kind != "i" or not p.size or p.min() < 0 for p in positions.values()
+    ):
+        return False
+    for values in (exact, *reference.rounded.values()):
+        if values.outputs.keys() != exact.outputs.keys() or values.taps.keys() != exact.taps.keys():
+            return False
+        if any(value.shape != count for value in values.outputs.values()):
+            return False
+        if any(tap.shape != (*count, positions[n].size) for n, tap in values.taps.items()):
+            return False
+        if not all(np.isfinite(v).all() for v in (*values.outputs.values(), *values.taps.values())):
+            return False
+    return True
