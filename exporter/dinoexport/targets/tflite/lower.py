@@ -1,5 +1,6 @@
 """Captured program → TFLite flatbuffer by litert-torch; where its taps are; its metadata."""
 
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,8 @@ def lower(program: CapturedProgram) -> bytes:
     """Convert the captured program behind a uint8 NHWC adaptor.
 
     Raises:
-        BuildError: the converter cannot express an operation, or the file passes 2 GB.
+        BuildError: the converter cannot express an operation, the file passes 2 GB, or the
+            temporary folder is too small.
     """
     return _convert(program, program.program, program.output_names)
 
@@ -35,6 +37,7 @@ def _convert(
     adaptor = NhwcAdaptor(exported, program.input_names, output_names)
     with tempfile.TemporaryDirectory(prefix="dinoexport-") as folder:
         path = Path(folder) / "model.tflite"
+        _check_space(Path(folder), exported)
         try:
             litert_torch.convert(adaptor, sample_kwargs=program.sample_inputs()).export(str(path))
         except Exception as error:  # the converter raises types of several libraries
@@ -47,6 +50,17 @@ def _convert(
             "Build with a smaller backbone."
         )
     return content
+
+
+def _check_space(folder: Path, exported: ExportedProgram) -> None:
+    """Refuse a temporary folder that is too small: LLVM, unable to write, ends the process."""
+    needed = 32 * 2**20 + sum(4 * tensor.numel() for tensor in exported.state_dict.values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise BuildError(
+            f"tflite: {folder.parent}: {free / 2**20:.0f} MiB free, the converter needs about "
+            f"{needed / 2**20:.0f} there. Free some space or set TMPDIR to another folder."
+        )
 
 
 def locate_taps(content: bytes, program: CapturedProgram) -> dict[str, str]:
