@@ -18,12 +18,16 @@ def load(path: Path) -> ModelProto:
     """Read an .onnx file.
 
     Raises:
-        BundleError: it is missing or cannot be parsed.
+        BundleError: it is missing, cannot be parsed, or holds no graph.
     """
     try:
-        return onnx.load(path)
+        model = onnx.load(path)
     except (OSError, DecodeError, ValueError) as error:
         raise BundleError(f"{path}: not a readable ONNX file: {error}. Build it again.") from error
+    # Of no bytes at all protobuf reads an empty model.
+    if not model.graph.node:
+        raise BundleError(f"{path}: not a readable ONNX file: it holds no graph. Build it again.")
+    return model
 
 
 def gelu_forms(model: ModelProto) -> set[str]:
@@ -70,8 +74,10 @@ class OnnxRuntime(Runtime):
                 source, options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime raises a family of undocumented types
-            reason = str(error).strip().splitlines()[0][:200]
-            raise BundleError(f"{path}: onnxruntime cannot load it: {reason}") from error
+            reason = str(error).strip().splitlines()[0][:200].rstrip(".")
+            raise BundleError(
+                f"{path}: onnxruntime cannot load it: {reason}. Build it again."
+            ) from error
 
     def run(self, images: Mapping[str, np.ndarray]) -> RunResult:
         """See Runtime.run."""

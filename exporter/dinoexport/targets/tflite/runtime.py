@@ -33,8 +33,10 @@ class TfliteRuntime(Runtime):
         kernels = "reference kernels" if inner else "XNNPACK"
         self.name = f"ai-edge-litert {version('ai-edge-litert')} (CPU, {kernels})"
         try:
+            content = path.read_bytes()
+            _check_identifier(content)
             self._interpreter = Interpreter(
-                model_content=path.read_bytes(),
+                model_content=content,
                 num_threads=threads,
                 experimental_preserve_all_tensors=inner,
                 experimental_op_resolver_type=(
@@ -46,7 +48,7 @@ class TfliteRuntime(Runtime):
             self._interpreter.allocate_tensors()
             self._runner = self._interpreter.get_signature_runner()
         except (ValueError, RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:200].rstrip(".")
             raise BundleError(
                 f"{path}: LiteRT cannot load it: {reason}. Build it again."
             ) from error
@@ -160,6 +162,12 @@ def norm_epsilons(path: Path) -> list[float]:
     return found
 
 
+def _check_identifier(content: Any) -> None:
+    """Refuse other files before they are walked: of zeros a flatbuffer reads an empty model."""
+    if not schema.Model.ModelBufferHasIdentifier(content, 0):
+        raise ValueError("it does not start with the format's identifier")
+
+
 def _kind(model: schema.ModelT, operator: schema.OperatorT) -> int:
     return model.operatorCodes[operator.opcodeIndex].builtinCode  # type: ignore[index]
 
@@ -168,6 +176,7 @@ def _parse(path: Path) -> tuple[Any, bytes]:
     """Read a whole file as objects, or BundleError."""
     try:
         content = path.read_bytes()
+        _check_identifier(content)
         return schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0)), content
     except Exception as error:  # a damaged flatbuffer fails in any access
         raise BundleError(
@@ -186,6 +195,7 @@ def read_metadata(path: Path) -> dict[str, str]:
             path.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
+            _check_identifier(content)
             model = schema.Model.GetRootAs(content, 0)
             found = {}
             for i in range(model.MetadataLength()):
@@ -194,7 +204,8 @@ def read_metadata(path: Path) -> dict[str, str]:
                     continue
                 buffer = model.Buffers(entry.Buffer())
                 data = _buffer_bytes(content, buffer)
-                found[entry.Name().decode()] = data.decode(errors="replace")
+                # The converter pads a value of its own with zeros.
+                found[entry.Name().decode()] = data.rstrip(b"\0").decode(errors="replace")
             return found
     except Exception as error:  # a damaged flatbuffer fails in any access
         raise BundleError(
