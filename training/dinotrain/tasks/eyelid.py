@@ -69,18 +69,20 @@ class EyelidTask(Task):
         """Rendered eyes of a fixed seed, in right-eye orientation."""
         import numpy as np
 
+        from dinotrain.data.images import fit_image
         from dinotrain.data.synthetic.eyes import render_eye
 
+        # The width of an input is the window, whatever its height (see crop_window).
+        side = max(image_size)
+        window_mm = self.window_mm * side / image_size[1]
         samples = []
         for index in range(count):
-            eye = render_eye(SAMPLE_SEED, index, image_size[0], self.window_mm)
-            flip = eye.eye == "L"
-            samples.append(
-                {
-                    gaze: np.ascontiguousarray(image[:, ::-1] if flip else image)
-                    for gaze, image in eye.images.items()
-                }
-            )
+            eye = render_eye(SAMPLE_SEED, index, side, window_mm)
+            sample = {}
+            for gaze, square in eye.images.items():
+                image = fit_image(square, image_size)
+                sample[gaze] = np.ascontiguousarray(image[:, ::-1] if eye.eye == "L" else image)
+            samples.append(sample)
         return samples
 
     def evaluate(self, predicted: "np.ndarray", true: "np.ndarray", reference: "np.ndarray") -> Any:
