@@ -69,18 +69,17 @@ class EyelidTask(Task):
         """Rendered eyes of a fixed seed, in right-eye orientation."""
         import numpy as np
 
-        from dinotrain.data.images import fit_image
-        from dinotrain.data.synthetic.eyes import render_eye
+        from dinotrain.data.images import crop_window
+        from dinotrain.data.synthetic.eyes import MIN_SIDE_PX, render_eye
 
-        # The width of an input is the window, whatever its height (see crop_window).
-        side = max(image_size)
-        window_mm = self.window_mm * side / image_size[1]
+        side = max(MIN_SIDE_PX, *image_size)
         samples = []
         for index in range(count):
-            eye = render_eye(SAMPLE_SEED, index, side, window_mm)
+            eye = render_eye(SAMPLE_SEED, index, side, self.window_mm)
             sample = {}
             for gaze, square in eye.images.items():
-                image = fit_image(square, image_size)
+                # The width of an input is the window, whatever its height.
+                image = crop_window(square, side / self.window_mm, self.window_mm, image_size)
                 sample[gaze] = np.ascontiguousarray(image[:, ::-1] if eye.eye == "L" else image)
             samples.append(sample)
         return samples

@@ -20,9 +20,12 @@ from dinotrain.data.synthetic.anatomy import GAZES, Gaze, canthi, draw_anatomy, 
 from dinotrain.data.synthetic.paint import canvas, draw_texture, paint
 from dinotrain.errors import DataError, UsageError
 
-__all__ = ["COLUMNS", "GAZES", "EyeSample", "Gaze", "render_eye", "write_dataset"]
+__all__ = ["COLUMNS", "GAZES", "MIN_SIDE_PX", "EyeSample", "Gaze", "render_eye", "write_dataset"]
 
 Side = Literal["L", "R"]
+
+MIN_SIDE_PX = 32
+"""Fewer pixels over a window show no eye."""
 
 COLUMNS = (
     "subject_id",
@@ -104,10 +107,10 @@ def render_eye(
     """
     if seed < 0 or index < 0:
         raise UsageError(f"seed {seed} and eye index {index}: both must be 0 or more")
-    if image_size < 32 or not 30 <= window_mm <= 100:
+    if image_size < MIN_SIDE_PX or not 30 <= window_mm <= 100:
         raise UsageError(
             f"cannot render {image_size} pixels over {window_mm} mm. "
-            "Use at least 32 pixels and a window of 30 to 100 mm."
+            f"Use at least {MIN_SIDE_PX} pixels and a window of 30 to 100 mm."
         )
     subject, side = _owner(seed, index)
     look = draw_look(_stream(seed, _SUBJECT, subject))
