@@ -4,7 +4,6 @@ It is captured twice, with and without its taps as outputs, and the two graphs a
 the same nodes; so a tap's node is known by name in the graph that ships.
 """
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -37,14 +36,6 @@ class CapturedProgram:
         """Black uint8 images, {input: (1, H, W, 3)}: the shapes that adaptors are traced with."""
         shape = (1, *self.image_size, 3)
         return {name: torch.zeros(shape, dtype=torch.uint8) for name in self.input_names}
-
-    def weights_digest(self) -> str:
-        """sha256 over all captured weights, by name."""
-        sha = hashlib.sha256()
-        for name, tensor in sorted(self.program.state_dict.items()):
-            sha.update(name.encode())
-            sha.update(tensor.detach().contiguous().numpy().tobytes())
-        return sha.hexdigest()
 
 
 def capture(model: TaskModel, precision: str = "fp32") -> CapturedProgram:

@@ -1,6 +1,5 @@
 """The captured program: static, in four dimensions, equal to eager, with its taps located."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -279,45 +278,6 @@ def test_half_precision_is_in_the_weights(random_model):
         if not name.startswith("decoder"):
             weight = weight.half().float()
         np.testing.assert_array_equal(found, weight.numpy())
-
-
-# --- the digest of the weights -------------------------------------------------------------------
-
-
-def test_the_digest_is_of_all_weights_by_name(scalar):
-    sha = hashlib.sha256()
-    for name in sorted(scalar.program.state_dict):
-        sha.update(name.encode() + scalar.program.state_dict[name].numpy().tobytes())
-    assert scalar.weights_digest() == sha.hexdigest()
-
-
-def test_the_digest_is_the_same_for_the_same_model(scalar, random_model):
-    changes = VARIANTS["linear-scalar"]
-    assert capture(random_model(**changes)).weights_digest() == scalar.weights_digest()
-    assert capture(random_model(1, **changes)).weights_digest() != scalar.weights_digest()
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["backbone.position", "backbone.blocks.0.mlp.fc2.bias", "head.members.0.lf.1.weight"],
-)
-def test_the_digest_changes_with_one_weight(scalar, name):
-    before = scalar.weights_digest()
-    weight = scalar.program.state_dict[name].detach().reshape(-1)
-    kept = weight[3].clone()
-    # The smallest change that a weight can have.
-    weight[3] = torch.nextafter(kept, torch.tensor(torch.inf))
-    assert scalar.weights_digest() != before
-    weight[3] = kept
-    assert scalar.weights_digest() == before
-
-
-def test_the_digest_holds_what_training_set_in_the_decoder(scalar):
-    before = scalar.weights_digest()
-    scalar.program.state_dict["decoder.mean"][0] += 1
-    assert scalar.weights_digest() != before
-    scalar.program.state_dict["decoder.mean"][0] -= 1
-    assert scalar.weights_digest() == before
 
 
 # --- slices that take everything -----------------------------------------------------------------
