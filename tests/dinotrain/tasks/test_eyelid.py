@@ -8,7 +8,9 @@ from dinotrain.tasks import get_task
 TASK = get_task("eyelid")
 
 
-@pytest.mark.parametrize("size", [(14, 14), (28, 42), (56, 56), (42, 70), (14, 98), (98, 14)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(14, 14), (28, 42), (56, 56), (42, 70), (14, 98), (98, 14)], ids=str
+)
 def test_samples_have_the_size_that_is_asked(size):
     samples = TASK.render_samples(2, size)
     assert len(samples) == 2
