@@ -1,11 +1,14 @@
 """Codes against the plain integer formulas of METHODS B4, written a second time and slowly."""
 
 import itertools
+import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from dinotrain.encoding import Decoder, Encoding, encode
+from dinotrain.encoding import Decoder, Encoding, code_matrix, encode
 from dinotrain.errors import ShapeError, UsageError
 
 LOW, SPAN = [-6.0, 0.0, 0.0], [16.0, 16.0, 32.0]
@@ -135,3 +138,180 @@ def test_a_foreign_width_is_refused():
         Decoder(Encoding(bits=8), LOW, SPAN)(torch.zeros(1, 3, 7))
     with pytest.raises(UsageError, match="scalar"):
         encode(torch.zeros(1, 1), torch.zeros(1), torch.ones(1), Encoding(kind="scalar"))
+
+
+CODES = ("plain", "gray", "thermometer", "johnson")
+LONG_CODES = ("thermometer", "johnson")
+
+
+def slow_long_code(level: int, kind: str, levels: int) -> list[int]:
+    """Thermometer by counting, Johnson by running its ring counter for ``level`` steps."""
+    if kind == "thermometer":
+        return [1] * level + [0] * (levels - 1 - level)
+    register = [0] * (levels // 2)
+    for _ in range(level):
+        register = [*register[1:], 1 - register[0]]
+    return register
+
+
+def slow_scores(logits: list[float], kind: str, levels: int) -> list[float]:
+    """s = zC by its definition: add a logit where the code has a 1, subtract it elsewhere."""
+    codes = [slow_long_code(level, kind, levels) for level in range(levels)]
+    return [sum(z if b else -z for z, b in zip(logits, code, strict=True)) for code in codes]
+
+
+@pytest.mark.parametrize(("kind", "width"), [("thermometer", 255), ("johnson", 128)])
+def test_a_long_code_grows_with_the_levels(kind, width):
+    code = Encoding(kind=kind, bits=8)
+    assert (code.levels, code.width) == (256, width)
+    assert code_matrix(code).shape == (width, 256)
+
+
+@pytest.mark.parametrize("kind", LONG_CODES)
+@pytest.mark.parametrize("bits", [1, 2, 3, 6])
+def test_long_codes_match_the_counter(bits, kind):
+    code = Encoding(kind=kind, bits=bits)
+    levels = 2**bits
+    values = (torch.arange(levels).double().unsqueeze(1) + 0.5) / levels * 16 - 6
+    found = encode(values, torch.tensor([-6.0]), torch.tensor([16.0]), code)
+    wanted = [slow_long_code(level, kind, levels) for level in range(levels)]
+    assert found[:, 0].tolist() == wanted
+    assert code_matrix(code).T.tolist() == [[2.0 * b - 1 for b in row] for row in wanted]
+
+
+@pytest.mark.parametrize("kind", ["gray", "thermometer", "johnson"])
+def test_neighbours_differ_in_one_bit(kind):
+    values = torch.arange(64).double().unsqueeze(1) / 4 + 0.1
+    bits = encode(values, torch.tensor([0.0]), torch.tensor([16.0]), Encoding(kind=kind, bits=6))
+    changed = (bits[1:, 0] != bits[:-1, 0]).sum(dim=-1)
+    assert changed.tolist() == [1] * 63
+    if kind == "johnson":
+        # Each bit goes up once and down once: what makes it easy to learn.
+        assert int((bits[1:, 0] != bits[:-1, 0]).sum(dim=0).max()) == 2
+
+
+@pytest.mark.parametrize("decoding", ["soft", "hard"])
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_level_comes_back(bits, kind, decoding):
+    code = Encoding(kind=kind, bits=bits, decoding=decoding)
+    levels = 2**bits
+    centers = (torch.arange(levels).double().unsqueeze(1) + 0.5) / levels
+    values = centers * torch.tensor(SPAN).double() + torch.tensor(LOW).double()
+    coded = encode(values, torch.tensor(LOW), torch.tensor(SPAN), code)
+    back = Decoder(code, LOW, SPAN)((coded * 2 - 1) * 40)
+    # float32 carries 24 binary digits of at most 32 mm.
+    torch.testing.assert_close(back.double(), values, atol=8e-6, rtol=0)
+
+
+@pytest.mark.parametrize("decoding", ["soft", "hard"])
+@pytest.mark.parametrize("kind", LONG_CODES)
+@pytest.mark.parametrize("bits", [1, 2, 5])
+def test_long_codes_decode_by_their_code_matrix(bits, kind, decoding):
+    code = Encoding(kind=kind, bits=bits, decoding=decoding)
+    levels = 2**bits
+    logits = torch.randn(5, 3, code.width, generator=torch.Generator().manual_seed(bits))
+    found = Decoder(code, LOW, SPAN)(logits)
+    for row in range(5):
+        for target in range(3):
+            scores = slow_scores(logits[row, target].double().tolist(), kind, levels)
+            if decoding == "hard":
+                level = float(scores.index(max(scores)))
+            else:
+                weights = [math.exp(s - max(scores)) for s in scores]
+                level = sum(q * w for q, w in enumerate(weights)) / sum(weights)
+            wanted = LOW[target] + SPAN[target] * (level + 0.5) / levels
+            # float32 sums of at most 32 terms below 32 mm.
+            assert found[row, target].item() == pytest.approx(wanted, abs=5e-5)
+
+
+@pytest.mark.parametrize("kind", LONG_CODES)
+def test_a_reversed_code_matrix_is_caught(kind):
+    """The planted fault: levels must not come back through a matrix in the wrong order."""
+    code = Encoding(kind=kind, bits=6)
+    values = random_values(50, seed=2)
+    coded = encode(values, torch.tensor(LOW), torch.tensor(SPAN), code)
+    decoder = Decoder(code, LOW, SPAN)
+    decoder.codebook.copy_(decoder.codebook.flip(0))
+    assert (decoder((coded * 2 - 1) * 40) - values).abs().max() > 1.0
+
+
+def test_long_codes_refuse_what_is_too_wide():
+    message = "12 bits, which is 4095 logits per target; 1 to 10 bits are accepted"
+    with pytest.raises(UsageError, match=message):
+        Encoding(kind="thermometer", bits=12)
+    with pytest.raises(UsageError, match="11 bits, which is 1024 logits"):
+        Encoding(kind="johnson", bits=11)
+    assert Encoding(kind="thermometer", bits=10).width == 1023
+    with pytest.raises(UsageError, match="gray encoding has no code matrix"):
+        code_matrix(Encoding(kind="gray"))
+
+
+SIGMA = 0.03
+"""Of the posterior in METHODS B4's example, in units of the range."""
+
+
+def decoding_errors(kind: str, decoding: str) -> np.ndarray:
+    """Decoded minus posterior mean, in σ, for Gaussian posteriors with calibrated bits."""
+    code = Encoding(kind=kind, bits=8, decoding=decoding)
+    levels = code.levels
+    centers = (np.arange(levels) + 0.5) / levels
+    # 2001 positions meet the middle, where the cliff is highest, and keep 5σ from both ends.
+    means = np.linspace(0.15, 0.85, 2001)
+    edges = stats.norm.cdf((np.arange(levels + 1) / levels - means[:, None]) / SIGMA)
+    posterior = np.diff(edges, axis=1)
+    posterior /= posterior.sum(axis=1, keepdims=True)
+    values = torch.from_numpy(centers).unsqueeze(1)
+    bits = encode(values, torch.zeros(1), torch.ones(1), code)[:, 0].double().numpy()
+    p = np.clip(posterior @ bits, 1e-12, 1 - 1e-12)
+    logits = torch.from_numpy(np.log(p / (1 - p))).unsqueeze(1)
+    found = Decoder(code, [0.0], [1.0])(logits)[:, 0].double().numpy()
+    return (found - posterior @ centers) / SIGMA
+
+
+@pytest.mark.parametrize(
+    ("kind", "decoding", "worst", "rmse"),
+    [
+        # METHODS B4 states 11.8σ and 0.63σ; both depend on where the posteriors lie, and the worst
+        # on how near the middle they come (all bits wrong there is 0.5 / 0.03 = 16.7σ).
+        ("plain", "hard", (10, 17), (0.4, 0.8)),
+        ("gray", "hard", (0.15, 0.4), (0.09, 0.12)),
+        ("gray", "soft", (0.05, 0.15), (0.06, 0.08)),
+        ("plain", "soft", (0, 1e-4), (0, 1e-4)),
+        # Half a level is 0.065σ: nothing but quantisation is left.
+        ("thermometer", "hard", (0.06, 0.07), (0.03, 0.04)),
+        ("johnson", "hard", (0.06, 0.07), (0.03, 0.04)),
+        ("thermometer", "soft", (0, 1e-3), (0, 1e-3)),
+        ("johnson", "soft", (0, 1e-3), (0, 1e-3)),
+    ],
+)
+def test_cliffs_are_as_high_as_published(kind, decoding, worst, rmse):
+    errors = decoding_errors(kind, decoding)
+    assert worst[0] <= np.abs(errors).max() <= worst[1]
+    assert rmse[0] <= np.sqrt((errors**2).mean()) <= rmse[1]
+
+
+@pytest.mark.parametrize("decoding", ["soft", "hard"])
+@pytest.mark.parametrize("kind", [*CODES, "scalar"])
+def test_decoding_exports(kind, decoding):
+    decoder = Decoder(Encoding(kind=kind, bits=6, decoding=decoding), LOW, SPAN).eval()
+    width = decoder.encoding.width
+    logits = torch.randn(1, 5, 3, width, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(decoder, (logits,)).run_decompositions({})
+    for node in program.graph.nodes:
+        shape = getattr(node.meta.get("val"), "shape", ())
+        assert len(shape) <= 4, f"{node.name} has {len(shape)} dimensions"
+    torch.testing.assert_close(program.module()(logits), decoder(logits), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "gray", "scalar"])
+def test_short_codes_keep_what_checkpoints_hold(kind):
+    decoder = Decoder(Encoding(kind=kind, bits=3), LOW, SPAN)
+    assert list(decoder.state_dict()) == ["mean", "std"]
+    names = [name for name, _ in decoder.named_buffers()]
+    assert names == ["low", "span", "bit_weights", "mean", "std"]
+
+
+@pytest.mark.parametrize("kind", LONG_CODES)
+def test_long_codes_add_nothing_to_checkpoints(kind):
+    assert list(Decoder(Encoding(kind=kind, bits=3), LOW, SPAN).state_dict()) == ["mean", "std"]
