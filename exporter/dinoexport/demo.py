@@ -45,5 +45,5 @@ def run_demo(task_name: str, target: str, out: Path, reporter: Reporter) -> Demo
     picture = out / f"demo-{task_name}.png"
     with reporter.step("measure it"):
         prediction = predict_files(bundle.path, files, picture=picture)
-    true = {task.target(name).output_name: value for name, value in sample.values.items()}
+    true = task.expected(sample.values)
     return DemoResult(bundle, prediction, true, picture)

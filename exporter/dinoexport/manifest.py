@@ -7,7 +7,8 @@ import msgspec
 
 from dinoexport.errors import BundleError
 from dinotrain.checkpoint import CheckpointConfig
-from dinotrain.tasks.base import Task
+from dinotrain.tasks import get_task
+from dinotrain.tasks.base import OutputSpec, Task
 
 SCHEMA_VERSION = 1
 
@@ -23,16 +24,6 @@ class InputSpec(_Frozen, frozen=True, kw_only=True):
     shape: tuple[int, ...]
     dtype: str
     layout: str
-    description: str
-
-
-class OutputSpec(_Frozen, frozen=True, kw_only=True):
-    """One named value with its unit; the same name, order and shape in every target."""
-
-    name: str
-    unit: str
-    shape: tuple[int, ...]
-    dtype: str
     description: str
 
 
@@ -156,29 +147,13 @@ def describe_inputs(task: Task, image_size: tuple[int, int], image_input: bool) 
     ]
 
 
-def describe_outputs(task: Task, names: tuple[str, ...]) -> list[OutputSpec]:
-    """Output specifications for the names that a captured program gives."""
-    texts = {t.output_name: (t.unit, t.description) for t in task.targets}
-    texts |= {
-        t.std_name: (t.unit, f"standard deviation between ensemble members of {t.output_name}")
-        for t in task.targets
-    }
-    return [
-        OutputSpec(name=n, unit=texts[n][0], shape=(1,), dtype="float32", description=texts[n][1])
-        for n in names
-    ]
-
-
 def describe_preprocessing(config: CheckpointConfig) -> Preprocessing:
     """Say what the app must do, and what it must not do again."""
-    height, width = config.image_size
+    task = get_task(config.task)
     return Preprocessing(
         window_mm=config.window_mm,
         orientation=config.orientation,
-        app=(
-            f"crop the {config.window_mm:g} mm window, mirror left eyes, resize to "
-            f"{width}×{height} pixels (bicubic, antialiased), 8-bit RGB"
-        ),
+        app=task.preprocessing(config.image_size, config.window_mm),
         model=f"scales to 0..1 and normalises with mean {config.mean} and std {config.std}",
     )
 

@@ -30,7 +30,6 @@ from dinoexport.manifest import (
     Manifest,
     Verdict,
     describe_inputs,
-    describe_outputs,
     describe_preprocessing,
 )
 from dinoexport.report import render_report
@@ -212,7 +211,7 @@ def _build_one(
     bundle_name = plan.bundle_name(target.name)
     with staged(plan.request.out, bundle_name) as folder:
         artifact = folder / f"{plan.name}{target.suffix}"
-        metadata = embedded_metadata(plan, program, reference.info.checkpoint_sha256)
+        metadata = embedded_metadata(plan, reference.info.checkpoint_sha256)
         with reporter.step(f"lower to {target.name}"), quiet(log), _stage(target.name, log):
             taps = target.lower(program, artifact, options, metadata)
         gc.collect()
@@ -229,8 +228,9 @@ def _build_one(
             artifact=artifact.name,
             minimum_os=target.minimum_os(options),
             inputs=tuple(describe_inputs(task, plan.config.image_size, target.image_input)),
-            outputs=tuple(describe_outputs(task, program.output_names)),
+            outputs=task.outputs(plan.config),
             preprocessing=describe_preprocessing(plan.config),
+            class_names=plan.config.classes,
             files={},
             checkpoint=CheckpointRecord(
                 name=plan.checkpoint.name,
@@ -274,10 +274,10 @@ class _stage:  # noqa: N801 (a context manager)
         ) from error
 
 
-def embedded_metadata(plan: BuildPlan, program: CapturedProgram, sha256: str) -> dict[str, str]:
+def embedded_metadata(plan: BuildPlan, sha256: str) -> dict[str, str]:
     """The facts of the manifest that travel inside the model file itself, as text."""
     task = get_task(plan.config.task)
-    outputs = describe_outputs(task, program.output_names)
+    outputs = task.outputs(plan.config)
     preprocessing = describe_preprocessing(plan.config)
     facts = {
         "name": plan.name,
@@ -293,6 +293,8 @@ def embedded_metadata(plan: BuildPlan, program: CapturedProgram, sha256: str) ->
         "preprocessing": msgspec.json.encode(preprocessing).decode(),
         "tools": msgspec.json.encode(tool_versions()).decode(),
     }
+    if plan.config.classes:
+        facts["class_names"] = msgspec.json.encode(plan.config.classes).decode()
     facts |= {f"input.{i.name}": i.description for i in task.inputs}
     facts |= {f"output.{o.name}": f"{o.description} ({o.unit})" for o in outputs}
     return facts

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,12 +23,17 @@ MIN_COVER = 0.5
 
 @dataclass(frozen=True)
 class Prediction:
-    """Named values with their units, and what computed them."""
+    """Named values with their units, and what computed them.
 
-    outputs: dict[str, float]
+    An output of one number is that number; others are nested lists in the output's shape, without
+    the first axis.
+    """
+
+    outputs: dict[str, Any]
     units: dict[str, str]
     runtime: str
     notice: str
+    class_names: tuple[str, ...] = ()
 
 
 def predict_files(
@@ -57,8 +63,12 @@ def predict_files(
     files = _parse(arguments, [i.name for i in bundle.manifest.inputs])
     if left_eye.upper() not in ("L", "R"):
         raise UsageError(f"--eye '{left_eye}' is not accepted; L or R")
+    if left_eye.upper() == "L" and not bundle.manifest.preprocessing.orientation:
+        raise UsageError("--eye L: this bundle's pictures have no side. Leave --eye out.")
     if px_per_mm is not None and not 0 < px_per_mm < 1e4:
         raise UsageError(f"--px-per-mm {px_per_mm:g} is not accepted; above 0, below 10000")
+    if px_per_mm is not None and not bundle.manifest.preprocessing.window_mm:
+        raise UsageError("--px-per-mm: this bundle reads no fixed window. Leave it out.")
     if picture:
         _check_picture(picture)
     check_files(bundle)
@@ -70,16 +80,18 @@ def predict_files(
         runtime = get_target(bundle.manifest.target).runtime(bundle.artifact)
         result = runtime.run(images)
     order = [o.name for o in bundle.manifest.outputs]
-    outputs = {name: float(result.outputs[name].reshape(-1)[0]) for name in order}
+    values = {name: result.outputs[name] for name in order}
+    whole = {o.name for o in bundle.manifest.outputs if o.dtype.startswith(("int", "uint"))}
     prediction = Prediction(
-        outputs,
+        {n: (v.astype(int) if n in whole else v)[0].tolist() for n, v in values.items()},
         {o.name: o.unit for o in bundle.manifest.outputs},
         runtime.name,
         bundle.manifest.notice,
+        bundle.manifest.class_names,
     )
     if picture:
         caption = " · ".join(filter(None, (bundle.manifest.name, bundle.manifest.notice)))
-        drawn = get_task(bundle.manifest.task).draw(images, outputs, caption)
+        drawn = get_task(bundle.manifest.task).draw(images, values, caption)
         _save(drawn, picture)
     return prediction
 

@@ -14,7 +14,6 @@ from dinoexport.manifest import (
     InputSpec,
     Manifest,
     OutputParity,
-    OutputSpec,
     Preprocessing,
     ReferenceRecord,
     Structure,
@@ -26,6 +25,7 @@ from dinotrain.backbones.vit import ViTConfig, init_weights_
 from dinotrain.checkpoint import CheckpointConfig, save_checkpoint
 from dinotrain.heads.branch import HeadConfig
 from dinotrain.model import TaskModel
+from dinotrain.tasks.base import OutputSpec
 
 TINY_SIZE = 56
 

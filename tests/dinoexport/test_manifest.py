@@ -13,15 +13,12 @@ from dinoexport.manifest import (
     Manifest,
     decode_manifest,
     describe_inputs,
-    describe_outputs,
     describe_preprocessing,
     encode_manifest,
 )
 from dinotrain.backbones.vit import ViTConfig
 from dinotrain.checkpoint import CheckpointConfig
 from dinotrain.tasks import get_task
-
-NAMES = ("mrd1_mm", "mrd2_mm", "lf_mm")
 
 
 def refusal(raw: bytes) -> str:
@@ -151,18 +148,6 @@ def test_inputs_in_the_targets_natural_form() -> None:
     assert {(i.shape, i.dtype, i.layout) for i in image} == {((56, 70, 3), "uint8", "image RGB")}
     assert {(i.shape, i.layout) for i in tensor} == {((1, 56, 70, 3), "NHWC RGB")}
     assert image[1].description == "the eye in extreme up-gaze"
-
-
-def test_outputs_with_their_units() -> None:
-    task = get_task("eyelid")
-    spreads = ("mrd1_std_mm", "mrd2_std_mm", "lf_std_mm")
-    outputs = describe_outputs(task, (*NAMES, *spreads))
-    assert tuple(o.name for o in outputs) == (*NAMES, *spreads)
-    assert {(o.unit, o.shape, o.dtype) for o in outputs} == {("mm", (1,), "float32")}
-    assert outputs[0].description == "corneal light reflex to upper-lid margin, signed"
-    assert outputs[5].description == "standard deviation between ensemble members of lf_mm"
-    # In the order of the program, which may be another.
-    assert [o.name for o in describe_outputs(task, NAMES[::-1])] == list(NAMES[::-1])
 
 
 def test_preprocessing_says_width_first() -> None:

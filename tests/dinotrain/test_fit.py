@@ -129,7 +129,7 @@ def test_a_head_starts_at_the_mean_of_the_labels(config, tiny_eyes, tiny_backbon
     model = fit._build(config, load_backbone(tiny_backbone)).eval()
     dataset = model.task.read(tiny_eyes, image_size=(28, 28)).split("train")
     labels = dataset.labels(["mrd1", "mrd2", "lf"])
-    fit._fit_bias_(model, labels)
+    model.task.objective(change(config, loss="bce"), model).start_(labels)
     for weight in model.head.output_weights():
         weight.data.zero_()
     features = {i.name: torch.randn(1, model.pool.width) for i in model.task.inputs}
@@ -280,8 +280,8 @@ def test_training_stops_without_progress(config):
 def test_the_best_weights_are_kept(config, tiny_eyes, cache):
     path = train(change(config, epochs=30, lr=0.05, schedule="constant", patience=30))
     story = read_config(path).training
-    best = min(story["log"]["val_mae"])
-    assert story["log"]["val_mae"][story["best_epoch"] - 1] == best
+    best = min(story["log"]["val_error"])
+    assert story["log"]["val_error"][story["best_epoch"] - 1] == best
     targets = evaluate(path, tiny_eyes, split="val", cache=cache)["targets"]
     mean = np.mean([row["mae_mm"] for row in targets.values()])
     # The log keeps six digits.
@@ -402,11 +402,24 @@ def test_an_image_size_that_patches_do_not_tile(config):
         ({"gamma": -1.0}, "gamma is -1.0"),
         ({"input_drop": 1.0}, "input_drop is 1.0"),
         ({"bit_rho": 0.0}, "bit_rho is 0.0"),
-        ({"loss": "mse"}, "does not fit encoding 'gray'"),
-        ({"encoding": Encoding(kind="scalar")}, "does not fit encoding 'scalar'"),
     ],
     ids=str,
 )
 def test_choices_that_cannot_train(config, fields, message):
     with pytest.raises(UsageError, match=message):
         change(config, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"loss": "mse"}, "does not fit encoding 'gray'"),
+        ({"loss": "bce", "encoding": Encoding(kind="scalar")}, "does not fit encoding 'scalar'"),
+        ({"loss": "cross_entropy"}, "accepted: bce, focal"),
+    ],
+    ids=str,
+)
+def test_losses_that_do_not_fit(config, fields, message):
+    with pytest.raises(UsageError, match=message):
+        train(change(config, **fields))
+    assert not config.out.exists()

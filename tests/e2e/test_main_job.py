@@ -116,7 +116,7 @@ def test_embedded_checkpoint_keeps_its_promises() -> None:
     assert "synthetic" in config.notice.lower()
     assert "medical device" in config.notice
     # How both parts were trained is in the header, epoch by epoch and step by step.
-    assert len(config.training["log"]["val_mae"]) == len(config.training["log"]["epoch"]) > 1
+    assert len(config.training["log"]["val_error"]) == len(config.training["log"]["epoch"]) > 1
     assert config.training["backbone"]["log"][-1] == config.training["backbone"]["kept"]
     targets = config.metrics["test"]
     for name, budget_mm in {"mrd1_mm": 0.5, "mrd2_mm": 0.5, "lf_mm": 1.0}.items():

@@ -21,13 +21,10 @@ from dinotrain.backbones import load_backbone
 from dinotrain.backbones.vit import VARIANTS, VisionTransformer, default_taps
 from dinotrain.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint
 from dinotrain.data.dataset import Dataset, Sample
-from dinotrain.encoding import encode
 from dinotrain.errors import CheckpointError, DataError, UsageError
 from dinotrain.features import FeatureStore, Progress, default_cache, silent
-from dinotrain.losses.bits import bit_weights, focal
-from dinotrain.losses.orthogonality import task_orthogonality
-from dinotrain.losses.regression import mse
 from dinotrain.model import ModelConfig, TaskModel
+from dinotrain.objectives.base import Objective
 from dinotrain.tasks import get_task
 from dinotrain.train_config import TrainConfig
 from dinotrain.training_state import (
@@ -41,9 +38,7 @@ from dinotrain.training_state import (
 )
 
 EVALUATION_BATCH = 64
-MIN_LABELS = 2
 SYNTHETIC_NOTICE = "Trained on synthetic images only: its figures say nothing about people."
-RESEARCH_NOTICE = "Research software, not a medical device."
 
 Values = NDArray[np.float64]
 
@@ -64,13 +59,15 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     report = progress or silent
     task = get_task(config.task)
     device = _device(config.device)
+    config = msgspec.structs.replace(config, loss=task.choose_loss(config))  # type: ignore[arg-type]
     dataset = task.read(config.data, image_size=config.image_size, seed=config.seed)
     backbone = load_backbone(config.backbone, config.image_size)
-    model = _build(config, backbone).to(device)
-    _check_labels(model, dataset)
+    model = _build(config, backbone, dataset.classes).to(device)
+    objective = task.objective(config, model)
+    objective.check(dataset.split("train").labels(task.labels))
     store = FeatureStore(model, config.cache or default_cache())
     store.prepare(dataset, report)
-    run = _Run(config, model, dataset, store)
+    run = _Run(config, model, dataset, store, objective)
     run.train(report)
     model.load_state_dict(run.state.best, strict=False)
     path = save_checkpoint(model, _describe(config, run), config.out, _dtype(config))
@@ -99,7 +96,7 @@ def evaluate(
 
     Returns:
         {split, samples, subjects, source, synthetic, dataset_fingerprint, seen_in_training,
-        targets: metrics of the task}. The mean predictor is the mean of the training labels.
+        targets: metrics of the task}. The baseline is what the training labels gave.
         ``seen_in_training`` is true where the data are those of the training and the split holds
         train or val subjects.
 
@@ -116,9 +113,9 @@ def evaluate(
         raise DataError(f"{data}: no sample is in the split '{split}'. Name another one, or 'all'.")
     store = FeatureStore(model, cache or default_cache())
     store.prepare(chosen, progress or silent)
-    targets = [target.name for target in model.task.targets]
-    means = config.training.get("label_means", {})
-    reference = np.array([[means.get(name, math.nan) for name in targets]])
+    _check_classes(dataset, config, data)
+    baseline = config.training.get("baseline", {})
+    reference = np.array([[baseline.get(name, math.nan) for name in model.task.labels]])
     predicted = predict(model, store, chosen.samples)
     return {
         "split": split,
@@ -128,7 +125,7 @@ def evaluate(
         "synthetic": chosen.synthetic,
         "dataset_fingerprint": dataset.fingerprint,
         "seen_in_training": dataset.fingerprint == config.dataset_fingerprint and split != "test",
-        "targets": model.task.evaluate(predicted, chosen.labels(targets), reference),
+        "targets": model.task.evaluate(predicted, chosen.labels(model.task.labels), reference),
     }
 
 
@@ -137,7 +134,7 @@ def predict(model: TaskModel, store: FeatureStore, samples: tuple[Sample, ...]) 
     """Predict samples.
 
     Returns:
-        (samples, targets), float64, in the targets' units and in the order of ``task.targets``.
+        (samples, …), float64, in the form that the task collects.
     """
     was_training = model.training
     model.eval()
@@ -146,17 +143,21 @@ def predict(model: TaskModel, store: FeatureStore, samples: tuple[Sample, ...]) 
     for start in range(0, len(samples), EVALUATION_BATCH):
         features, present = store.batch(samples[start : start + EVALUATION_BATCH])
         outputs = model.decode(model.logits(_to(features, device), _to(present, device)))
-        columns = [outputs[target.output_name] for target in model.task.targets]
-        rows.append(torch.stack(columns, dim=1).double().cpu().numpy())
+        rows.append(model.task.collect(outputs).double().cpu().numpy())
     model.train(was_training)
-    return np.concatenate(rows) if rows else np.zeros((0, len(model.task.targets)))
+    return np.concatenate(rows) if rows else np.zeros((0, len(model.task.labels)))
 
 
 class _Run:
     """One training run: owns the state and goes from epoch to epoch."""
 
     def __init__(
-        self, config: TrainConfig, model: TaskModel, dataset: Dataset, store: FeatureStore
+        self,
+        config: TrainConfig,
+        model: TaskModel,
+        dataset: Dataset,
+        store: FeatureStore,
+        objective: Objective,
     ) -> None:
         self.config = config
         self.model = model
@@ -165,13 +166,10 @@ class _Run:
         self.device = model.pixel_mean.device
         self.samples = dataset.split("train").samples
         self.held = dataset.split("val")
-        self.labels = dataset.split("train").labels([t.name for t in model.target_specs])
+        self.objective = objective
+        self.labels = dataset.split("train").labels(model.task.labels)
         self.file = state_path(config.out)
-        self.bit_weights = bit_weights(config.encoding.width, config.bit_rho).to(self.device)
-        if config.encoding.kind == "scalar":
-            _fit_scale_(model, self.labels)
-        else:
-            _fit_bias_(model, self.labels)
+        objective.start_(self.labels)
         self.parameters = _trained(model)
         adam = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         self.optimizer = adam(
@@ -207,7 +205,7 @@ class _Run:
                 return
             self._close(epoch, loss)
             save_state(self.state, self.file)
-            report("training", epoch, self.config.epochs, _line(journal))
+            report("training", epoch, self.config.epochs, _line(journal, self.objective.error_name))
 
     def _epoch(self, epoch: int) -> tuple[float, str]:
         """Train one epoch; returns the mean loss, and what went wrong or nothing."""
@@ -244,49 +242,35 @@ class _Run:
         return order, hidden
 
     def _loss(self, chosen: list[int], hidden: dict[str, Tensor]) -> Tensor:
-        config, model = self.config, self.model
         features, present = self.store.batch(
             [self.samples[index] for index in chosen],
             lambda place, name: bool(hidden[name][chosen[place]]),
         )
-        logits = model.logits(_to(features, self.device), _to(present, self.device))
-        values = torch.from_numpy(self.labels[chosen]).to(self.device)
-        mask = ~values.isnan()
-        if config.loss == "mse":
-            decoder = model.decoder
-            loss = mse(logits, values.float(), mask, decoder.mean, decoder.std)
-        else:
-            bits = encode(values, model.decoder.low, model.decoder.span, config.encoding)
-            gamma = config.gamma if config.loss == "focal" else 0.0
-            loss = focal(logits, bits, mask, gamma, self.bit_weights)
-        if config.or_lambda:
-            overlap = task_orthogonality(model.head.output_weights())
-            loss = loss + config.or_lambda * overlap
-        return loss
+        logits = self.model.logits(_to(features, self.device), _to(present, self.device))
+        labels = torch.from_numpy(self.labels[chosen]).to(self.device)
+        return self.objective.loss(logits, labels)
 
     def _close(self, epoch: int, loss: float) -> None:
         """Validate, and keep the weights if they are the best so far."""
         journal, state = self.state.journal, self.state
-        mae = self._validate()
+        error = self._validate()
         state.weights = self._weights()
         state.moments = _moments(self.optimizer)
         # Without validation labels the last weights are as good as can be told.
-        if mae is None or journal.best_mae is None or mae < journal.best_mae:
-            state.best, journal.best_epoch, journal.best_mae = state.weights, epoch, mae
+        if error is None or journal.best_error is None or error < journal.best_error:
+            state.best, journal.best_epoch, journal.best_error = state.weights, epoch, error
         journal.epoch = epoch
-        journal.log = [*journal.log, EpochLog(epoch=epoch, loss=loss, val_mae=mae)]
+        journal.log = [*journal.log, EpochLog(epoch=epoch, loss=loss, val_error=error)]
         if epoch - journal.best_epoch >= self.config.patience and epoch < self.config.epochs:
             journal.stopped = f"no better validation error since epoch {journal.best_epoch}"
 
     def _validate(self) -> float | None:
-        """Return the mean over targets of the validation MAE, or None without labels."""
+        """Return the objective's figure on the validation samples, or None without labels."""
         if not self.held.samples:
             return None
-        true = self.held.labels([target.name for target in self.model.task.targets])
-        error = np.abs(predict(self.model, self.store, self.held.samples) - true)
-        per_target = [column[~np.isnan(column)] for column in error.T]
-        means = [float(column.mean()) for column in per_target if len(column)]
-        return sum(means) / len(means) if means else None
+        true = self.held.labels(self.model.task.labels)
+        predicted = predict(self.model, self.store, self.held.samples)
+        return self.objective.validation_error(predicted, true)
 
     def _set_lr(self, step: int, steps: int) -> None:
         factor = 1.0
@@ -314,7 +298,9 @@ class _Run:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": self.state.moments})
 
 
-def _build(config: TrainConfig, backbone: VisionTransformer) -> TaskModel:
+def _build(
+    config: TrainConfig, backbone: VisionTransformer, classes: tuple[str, ...] = ()
+) -> TaskModel:
     """Return the model to train: its head drawn from the seed, its backbone as loaded."""
     features = config.features
     if features.kind == "pyramid" and not features.taps:
@@ -330,6 +316,7 @@ def _build(config: TrainConfig, backbone: VisionTransformer) -> TaskModel:
                 features=features,
                 head=config.head,
                 encoding=config.encoding,
+                classes=classes,
             )
         )
     if config.weights == "float16":
@@ -349,47 +336,6 @@ def _trained(model: TaskModel) -> Tensors:
     return {name: p for name, p in model.named_parameters() if not name.startswith("backbone.")}
 
 
-def _fit_scale_(model: TaskModel, labels: Values) -> None:
-    """Set the decoder's mean and standard deviation from the training labels, in place."""
-    spread = np.nanstd(labels, axis=0)
-    model.decoder.mean.copy_(torch.from_numpy(np.nanmean(labels, axis=0)))
-    model.decoder.std.copy_(torch.from_numpy(np.where(spread > 0, spread, 1.0)))
-
-
-def _fit_bias_(model: TaskModel, labels: Values) -> None:
-    """Set the output biases to how often each bit is set in the training labels, in place.
-
-    A head then starts near the labels' mean instead of the middle of their range.
-    """
-    values = torch.from_numpy(labels).to(model.decoder.low.device)
-    config = model.config.encoding
-    bits = encode(values, model.decoder.low, model.decoder.span, config)
-    labelled = (~values.isnan()).unsqueeze(-1)
-    often = (bits * labelled).sum(dim=0) / labelled.sum(dim=0)
-    # One and a half labels at least on either side: no bit starts as certain.
-    least = 1.5 / (labelled.sum(dim=0) + 3)
-    prior = torch.logit(torch.minimum(torch.maximum(often, least), 1 - least)).float()
-    for member in model.head.members:
-        first = 0
-        for branch in model.head.branches:
-            output = member[branch.name][-1]  # type: ignore[index]
-            last = first + branch.targets
-            with torch.no_grad():
-                output.bias.copy_(prior[first:last].flatten())
-            first = last
-
-
-def _check_labels(model: TaskModel, dataset: Dataset) -> None:
-    targets = model.task.targets
-    labels = dataset.split("train").labels([target.name for target in targets])
-    for target, count in zip(targets, (~np.isnan(labels)).sum(axis=0), strict=True):
-        if count < MIN_LABELS:
-            raise DataError(
-                f"{target.output_name} has {count} labels among the training samples, at least "
-                f"{MIN_LABELS} are needed: its output would mean nothing. Label more samples."
-            )
-
-
 def _moments(optimizer: torch.optim.Optimizer) -> dict[int, Tensors]:
     state = optimizer.state_dict()["state"]
     return {
@@ -404,29 +350,29 @@ def _describe(config: TrainConfig, run: _Run) -> CheckpointConfig:
     if config.weights == "float16":
         for part in (model.pool, model.head, model.placeholders, model.decoder):
             _round_to_half_(part)
-    targets = [target.name for target in model.task.targets]
-    reference = dataset.split("train").labels(targets)
+    labels = model.task.labels
+    reference = dataset.split("train").labels(labels)
     metrics = {}
     for name in ("val", "test"):
         part = dataset.split(name)  # type: ignore[arg-type]
         if part.samples:
             predicted = predict(model, run.store, part.samples)
-            metrics[name] = model.task.evaluate(predicted, part.labels(targets), reference)
+            metrics[name] = model.task.evaluate(predicted, part.labels(labels), reference)
     source, synthetic_backbone = _backbone_source(config)
     synthetic = dataset.synthetic or synthetic_backbone
-    means = zip(targets, np.nanmean(reference, axis=0).tolist(), strict=True)
     plain = {name: getattr(model.config, name) for name in ModelConfig.__struct_fields__}
     return CheckpointConfig(
         **plain,
         name=config.name or f"{config.task}-{model.config.backbone.name}-{config.image_size[0]}",
         window_mm=model.task.window_mm,
+        orientation=model.task.orientation,
         trained_on=f"{_data_source(dataset)}; backbone: {source}",
-        notice=f"{SYNTHETIC_NOTICE} {RESEARCH_NOTICE}" if synthetic else RESEARCH_NOTICE,
+        notice=" ".join(filter(None, (SYNTHETIC_NOTICE if synthetic else "", model.task.notice))),
         dataset_fingerprint=dataset.fingerprint,
         metrics=metrics,
         training=config.recipe()
         | {
-            "label_means": dict(means),
+            "baseline": run.objective.baseline(reference),
             "label_step": dataset.label_step(),
             "backbone_digest": run.store.backbone_digest,
             "best_epoch": journal.best_epoch,
@@ -434,11 +380,19 @@ def _describe(config: TrainConfig, run: _Run) -> CheckpointConfig:
             "log": {
                 "epoch": [entry.epoch for entry in journal.log],
                 "loss": [_short(entry.loss) for entry in journal.log],
-                "val_mae": [_short(entry.val_mae) for entry in journal.log],
+                "val_error": [_short(entry.val_error) for entry in journal.log],
             },
         },
         versions=_versions(),
     )
+
+
+def _check_classes(dataset: Dataset, config: CheckpointConfig, data: Path) -> None:
+    if dataset.classes != config.classes:
+        raise DataError(
+            f"{data}: its classes {', '.join(dataset.classes)} are not those of the checkpoint: "
+            f"{', '.join(config.classes)}. Give data with the same classes in the same order."
+        )
 
 
 def _data_source(dataset: Dataset) -> str:
@@ -476,11 +430,11 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _line(journal: Journal) -> str:
+def _line(journal: Journal, name: str) -> str:
     entry = journal.log[-1]
     words = [f"loss {entry.loss:.4f}"]
-    if entry.val_mae is not None:
-        words.append(f"val MAE {entry.val_mae:.3f} (best {journal.best_mae:.3f})")
+    if entry.val_error is not None:
+        words.append(f"val {name} {entry.val_error:.3f} (best {journal.best_error:.3f})")
     return ", ".join([*words, journal.stopped] if journal.stopped else words)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dinotrain.backbones.vit import VisionTransformer, ViTConfig
-from dinotrain.encoding import Decoder, Encoding
-from dinotrain.heads.branch import BranchHead, BranchSpec, HeadConfig
+from dinotrain.encoding import Encoding
+from dinotrain.heads.branch import HeadConfig
 from dinotrain.heads.pool import FeatureConfig, build_pool
 from dinotrain.tasks import get_task
 
@@ -27,6 +27,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     features: FeatureConfig = FeatureConfig()
     head: HeadConfig = HeadConfig()
     encoding: Encoding = Encoding()
+    classes: tuple[str, ...] = ()
+    """Names of the classes, where the task has classes."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
@@ -45,21 +47,12 @@ class TaskModel(nn.Module):
         self.backbone = VisionTransformer(config.backbone)
         self.backbone.grid_for(*config.image_size)
         self.pool = build_pool(config.backbone, config.features, config.image_size)
-        self.head = BranchHead(
-            [
-                BranchSpec(b.name, b.inputs_read * self.pool.width, len(b.targets))
-                for b in task.branches
-            ],
-            config.encoding.width,
-            config.head,
-        )
+        self.head = task.build_head(config, self.pool.width)
         # Learned stand-ins for images that a training sample lacks.
         self.placeholders = nn.ParameterDict(
             {i.name: nn.Parameter(torch.zeros(self.pool.width)) for i in task.inputs if i.optional}
         )
-        ordered = [task.target(name) for b in task.branches for name in b.targets]
-        self.target_specs = ordered
-        self.decoder = Decoder(config.encoding, [t.low for t in ordered], [t.span for t in ordered])
+        self.decoder = task.build_decoder(config)
         self.register_buffer(
             "pixel_mean", torch.tensor(config.mean).reshape(1, 3, 1, 1), persistent=False
         )
@@ -85,7 +78,7 @@ class TaskModel(nn.Module):
             present: {input: (B,) bool}; False takes the learned placeholder. None: all are there.
 
         Returns:
-            (B, members, targets, width), targets in branch order (``target_specs``).
+            What the task's head gives, such as (B, members, targets, width).
         """
         pooled = {name: self.pool(value) for name, value in features.items()}
         for name, there in (present or {}).items():
@@ -96,32 +89,9 @@ class TaskModel(nn.Module):
         return self.head(self.task.combine(pooled))
 
     def decode(self, logits: Tensor) -> dict[str, Tensor]:
-        """Logits → named values in their units; see ``decode_members``."""
-        return decode_members(self, logits)
+        """Logits → named values in their units, float32, the samples first."""
+        return self.decoder(logits)
 
     def forward(self, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
-        """{input: (B, 3, H, W), 0..255} → {output name: (B,) float32 in its unit}."""
+        """{input: (B, 3, H, W), 0..255} → {output name: (B, …) in its unit}."""
         return self.decode(self.logits({name: self.extract(x) for name, x in pixels.items()}))
-
-
-def decode_members(model: TaskModel, logits: Tensor) -> dict[str, Tensor]:
-    """Decode each member and reduce: mean, and for an ensemble the spread between members.
-
-    Args:
-        model: gives the decoder and the targets.
-        logits: (B, members, targets, width).
-
-    Returns:
-        {output name: (B,) float32}. The standard deviation is the population one over members
-        (what the members disagree on; it does not contain the noise of the labels).
-
-    Source: METHODS B6 (bit members: the decoded mean equals decoding the averaged bits for the
-    plain code, which is linear).
-    """
-    values = model.decoder(logits)
-    mean = values.mean(dim=1)
-    outputs = {spec.output_name: mean[:, i] for i, spec in enumerate(model.target_specs)}
-    if logits.shape[1] == 1:
-        return outputs
-    std = ((values - mean.unsqueeze(1)) ** 2).mean(dim=1).sqrt()
-    return outputs | {spec.std_name: std[:, i] for i, spec in enumerate(model.target_specs)}

@@ -30,7 +30,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """A pyramid without taps takes the backbone's default ones."""
     head: HeadConfig = HeadConfig()
     encoding: Encoding = Encoding()
-    loss: Literal["bce", "focal", "mse"] = "bce"
+    loss: Literal["", "bce", "focal", "mse", "cross_entropy"] = ""
+    """Nothing takes the task's own."""
     gamma: float = 2.0
     """Counts for ``focal`` only."""
     bit_rho: float = 1.0
@@ -70,11 +71,6 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             raise UsageError(f"input_drop is {self.input_drop}; 0 up to below 1 is accepted")
         if not 0 < self.bit_rho <= 1:
             raise UsageError(f"bit_rho is {self.bit_rho}; above 0 up to 1 is accepted")
-        if (self.loss == "mse") != (self.encoding.kind == "scalar"):
-            raise UsageError(
-                f"loss '{self.loss}' does not fit encoding '{self.encoding.kind}': mse goes with "
-                "scalar, bce and focal go with plain or gray"
-            )
         if self.out.suffix != ".safetensors":
             raise UsageError(
                 f"{self.out}: a checkpoint ends in .safetensors. Use {self.out}.safetensors"

@@ -20,11 +20,11 @@ Tensors = dict[str, Tensor]
 
 
 class EpochLog(msgspec.Struct, frozen=True, kw_only=True):
-    """What one epoch came to; ``val_mae`` is the mean over targets, in their unit."""
+    """What one epoch came to; ``val_error`` is the mean over targets, in their unit."""
 
     epoch: int
     loss: float
-    val_mae: float | None
+    val_error: float | None
 
 
 class Journal(msgspec.Struct, kw_only=True):
@@ -35,7 +35,7 @@ class Journal(msgspec.Struct, kw_only=True):
     """The recipe, and the digests of data and backbone."""
     epoch: int = 0
     best_epoch: int = 0
-    best_mae: float | None = None
+    best_error: float | None = None
     stopped: str = ""
     """Why training ended before its last epoch."""
     log: list[EpochLog] = []

@@ -7,7 +7,7 @@ import typer
 
 from dinoexport.cli.app import Json, TaskName, app
 from dinoexport.cli.building import bundle_json, print_verdict
-from dinoexport.cli.output import FAILED, check_folder, one_of, print_json
+from dinoexport.cli.output import FAILED, check_folder, one_of, print_json, print_outputs
 
 
 @app.command()
@@ -44,9 +44,5 @@ def demo(
 
 def _print_result(result: Any) -> None:
     print_verdict(str(result.bundle.path), result.bundle.verdict, result.bundle.size_bytes)
-    typer.echo(f"{'output':13} {'measured':>9} {'true':>8}")
-    for name, value in result.prediction.outputs.items():
-        true = result.true.get(name)
-        shown = f"{true:8.2f}" if true is not None else " " * 8
-        typer.echo(f"{name:13} {value:9.2f} {shown} {result.prediction.units[name]}")
+    print_outputs(result.prediction, result.true)
     typer.echo(f"picture       {result.picture}")

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,42 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
 def print_json(value: Any) -> None:
     """Print one JSON object; a number that is not finite becomes null, as JSON has none."""
     typer.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_outputs(prediction: Any, true: Mapping[str, float] | None = None) -> None:
+    """Print what an artifact gave, a line per number; of a class map the share of each class.
+
+    Args:
+        prediction: a ``Prediction``.
+        true: what was to come out, {output: value}, shown beside it.
+    """
+    rows = [
+        (label, number, unit)
+        for name, value in prediction.outputs.items()
+        for label, number, unit in _numbers(
+            name, value, prediction.units[name], prediction.class_names
+        )
+    ]
+    width = max(len(label) for label, _, _ in rows)
+    if true:
+        typer.echo(f"{'output':{width}} {'measured':>9} {'true':>8}")
+    for label, number, unit in rows:
+        known = f" {true[label]:8.2f}" if true and label in true else " " * 9 if true else ""
+        typer.echo(f"{one_line(label):{width}} {number:9.3f}{known} {unit}")
+
+
+def _numbers(
+    name: str, value: Any, unit: str, classes: Sequence[str]
+) -> list[tuple[str, float, str]]:
+    if not isinstance(value, list):
+        return [(name, value, unit)]
+    if isinstance(value[0], list):
+        cells = [cell for row in value for cell in row]
+        shares = [cells.count(number) / len(cells) for number in range(len(classes))]
+        return [(f"{name}: {c}", s, "of the pixels") for c, s in zip(classes, shares, strict=True)]
+    named = zip(classes, value, strict=True)
+    ranked = sorted(named, key=lambda pair: -pair[1])
+    return [(f"{name}: {c}", v, unit) for c, v in ranked]
 
 
 def one_line(text: str) -> str:

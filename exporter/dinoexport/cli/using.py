@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from dinoexport.cli.app import Json, app
-from dinoexport.cli.output import one_line, print_json
+from dinoexport.cli.output import one_line, print_json, print_outputs
 
 
 @app.command()
@@ -46,8 +46,7 @@ def predict(
             | ({"picture": str(picture)} if picture else {})
         )
         return
-    for name, value in result.outputs.items():
-        typer.echo(f"{name:13} {value:8.3f} {result.units[name]}")
+    print_outputs(result)
     if result.notice:
         typer.echo(result.notice)
     if picture:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dinoexport.errors import BuildError
 from dinotrain.backbones.vit import Block, TapNorm, VisionTransformer
-from dinotrain.model import TaskModel, decode_members
+from dinotrain.model import TaskModel
 
 
 class DeployBackbone(nn.Module):
@@ -63,7 +63,7 @@ class DeployBackbone(nn.Module):
 
 
 class DeployModel(nn.Module):
-    """One image tensor per input of the task → one (1,) tensor per output, then the taps if asked.
+    """One image tensor per input of the task → one tensor per output, then the taps if asked.
 
     Args:
         model: trained, eval mode; copied, never changed.
@@ -76,8 +76,7 @@ class DeployModel(nn.Module):
         self.image_size = model.config.image_size
         self.task = model.task
         self.input_names = [i.name for i in model.task.inputs]
-        self.target_specs = model.target_specs
-        self.output_names = output_names(model)
+        self.output_names = [output.name for output in model.task.outputs(model.config)]
         self.backbone = DeployBackbone(model.backbone, model)
         self.pool = copy.deepcopy(model.pool)
         self.head = copy.deepcopy(model.head)
@@ -102,22 +101,13 @@ class DeployModel(nn.Module):
         logits = self.head(self.task.combine(by_input))
         taps = {name: record[name] for name in self.tap_names}
         record.clear()
-        outputs = decode_members(self, logits)  # type: ignore[arg-type]
-        return outputs, taps
+        return self.decoder(logits), taps
 
     def forward(self, *pixels: Tensor) -> tuple[Tensor, ...]:
         """Outputs in the order of ``output_names``; with ``debug`` the taps behind them."""
         outputs, taps = self.run(pixels)
         values = tuple(outputs[name] for name in self.output_names)
         return values + tuple(taps.values()) if self.debug else values
-
-
-def output_names(model: TaskModel) -> list[str]:
-    """Names of the model's outputs, in order."""
-    names = [spec.output_name for spec in model.target_specs]
-    if model.config.head.count > 1:
-        names += [spec.std_name for spec in model.target_specs]
-    return names
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Figures of parity: signal-to-quantisation-noise ratio and largest error."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 MAX_DB = 200.0
@@ -24,13 +26,28 @@ def sqnr_db(reference: np.ndarray, actual: np.ndarray) -> float:
     return float(np.clip(10 * np.log10(signal / noise), -MAX_DB, MAX_DB))
 
 
-def max_error(reference: np.ndarray, actual: np.ndarray) -> float:
-    """Largest absolute difference; 1e30 where the two cannot be compared, as in ``sqnr_db``."""
+def largest_difference(reference: np.ndarray, actual: np.ndarray) -> float:
+    """Largest absolute difference of two comparable arrays."""
+    return float(np.abs(actual - reference).max())
+
+
+def max_error(
+    reference: np.ndarray,
+    actual: np.ndarray,
+    measure: Callable[[np.ndarray, np.ndarray], float] = largest_difference,
+) -> float:
+    """Measure how far values are off; 1e30 where they cannot be compared, as in ``sqnr_db``.
+
+    Args:
+        reference: (samples, …).
+        actual: the same shape.
+        measure: called with both as float64, finite and of one shape.
+    """
     reference = np.asarray(reference, np.float64)
     actual = np.asarray(actual, np.float64)
     if not _comparable(reference, actual):
         return 1e30
-    return float(np.abs(actual - reference).max())
+    return measure(reference, actual)
 
 
 def _comparable(reference: np.ndarray, actual: np.ndarray) -> bool:

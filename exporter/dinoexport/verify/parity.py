@@ -171,13 +171,13 @@ class _Ticker:
 def run_samples(
     runtime: Runtime, reference: Reference, tick: Callable[[], None] = lambda: None
 ) -> Values:
-    """Run every sample; outputs (samples,) and tap sketches (samples, K)."""
+    """Run every sample; outputs (samples, …) and tap sketches (samples, K)."""
     outputs: dict[str, list[np.ndarray]] = {}
     taps: dict[str, list[np.ndarray]] = {}
     for index in range(reference.samples):
         result = runtime.run(reference.sample(index))
         for name, value in result.outputs.items():
-            outputs.setdefault(name, []).append(value.reshape(-1)[0])
+            outputs.setdefault(name, []).append(value[0] if len(value) == 1 else value)
         for name, value in _sketch(reference, result.taps).items():
             taps.setdefault(name, []).append(value)
         tick()
@@ -201,14 +201,12 @@ def judge_outputs(
     actual: Values, wanted: Values, task: Task, precision: str
 ) -> dict[str, OutputParity]:
     """Compare each output with the task's budget for a precision."""
-    budget = task.budgets_mm[precision]
-    units = {t.output_name: t.unit for t in task.targets}
-    units |= {t.std_name: t.unit for t in task.targets}
+    budget = task.budgets[precision]
     result = {}
     for name, expected in wanted.outputs.items():
-        error = max_error(expected, actual.outputs[name])
+        error = max_error(expected, actual.outputs[name], task.error)
         result[name] = OutputParity(
-            unit=units[name],
+            unit=task.error_unit,
             max_error=float(f"{error:.4g}"),
             budget=budget,
             sqnr_db=round(sqnr_db(expected, actual.outputs[name]), 1),

@@ -23,6 +23,7 @@ from dinoexport.verify.metrics import max_error, sqnr_db
 from dinoexport.verify.samples import parity_samples
 from dinotrain.backbones.vit import Block
 from dinotrain.model import TaskModel
+from dinotrain.tasks.base import Task
 
 FORMAT_VERSION = 1
 SKETCH_SIZE = 1024
@@ -137,7 +138,7 @@ def make_reference(
         exact = _run_all(lambda pixels: _run_training(model, pixels), inputs, positions, device)
         unrounded = _run_all(deploy.run, inputs, positions, device)
         _check_finite(exact)
-        _check_deploy(exact, unrounded)
+        _check_deploy(exact, unrounded, model.task)
         norms = _norms(deploy, device)
         rounded = {}
         for precision in ROUNDED_PRECISIONS:
@@ -212,7 +213,7 @@ def _run_all(run, inputs: dict[str, np.ndarray], positions, device: torch.device
         )
         got, inner = run(pixels)
         for name, value in got.items():
-            outputs.setdefault(name, []).append(value.reshape(()).cpu().numpy())
+            outputs.setdefault(name, []).append(value[0].cpu().numpy())
         for name, value in inner.items():
             flat = value.reshape(-1).cpu().numpy()
             taps.setdefault(name, []).append(flat[positions[name]])
@@ -273,9 +274,9 @@ def _check_finite(exact: Values) -> None:
             )
 
 
-def _check_deploy(training: Values, deploy: Values) -> None:
+def _check_deploy(training: Values, deploy: Values, task: Task) -> None:
     for name, value in training.outputs.items():
-        error = max_error(value, deploy.outputs[name])
+        error = max_error(value, deploy.outputs[name], task.error)
         if error > DEPLOY_BUDGET:
             raise ParityError(
                 f"the deploy graph's {name} leaves the training model by {error:.2g}, "
@@ -371,7 +372,10 @@ def _fits(reference: Reference) -> bool:
     for values in (exact, *reference.rounded.values()):
         if values.outputs.keys() != exact.outputs.keys() or values.taps.keys() != exact.taps.keys():
             return False
-        if any(value.shape != count for value in values.outputs.values()):
+        if any(
+            value.shape[:1] != count or value.shape != exact.outputs[name].shape
+            for name, value in values.outputs.items()
+        ):
             return False
         if any(tap.shape != (*count, positions[n].size) for n, tap in values.taps.items()):
             return False

@@ -14,7 +14,6 @@ from dinoexport.graph.deploy_model import (
     DeployModel,
     fold_normalisation_,
     fold_scales_,
-    output_names,
     round_weights_,
 )
 from dinotrain.backbones.vit import Block, ViTConfig, swiglu_hidden_dim
@@ -410,9 +409,9 @@ def test_the_batch_only_stacks_the_inputs(random_model, random_pixels):
 
 
 def test_output_names_follow_the_tasks_order(random_model):
-    assert output_names(random_model()) == NAMES
+    assert DeployModel(random_model()).output_names == NAMES
     ensemble = random_model(head=HeadConfig(kind="ensemble", members=2, hidden=16))
-    assert output_names(ensemble) == NAMES + STD_NAMES
+    assert DeployModel(ensemble).output_names == NAMES + STD_NAMES
 
 
 # --- rounding ------------------------------------------------------------------------------------

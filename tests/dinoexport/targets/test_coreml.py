@@ -273,7 +273,7 @@ def test_taps_are_half_precision(built):
 def test_the_package_measures_what_the_trained_model_does(package, eyes, measured):
     """By the evaluator, and on a Mac by Core ML."""
     runtime = CoremlTarget().runtime(package)
-    budget = get_task("eyelid").budgets_mm[precision_of(package)]
+    budget = get_task("eyelid").budgets[precision_of(package)]
     for sample, wanted in zip(eyes, measured, strict=True):
         found = runtime.run(sample).outputs
         assert found.keys() == wanted.keys()

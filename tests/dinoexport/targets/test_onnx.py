@@ -222,7 +222,7 @@ def test_half_precision_weights_are_the_single_ones_rounded(built):
 
 def test_a_plain_session_measures_what_the_trained_model_does(file, eyes, measured):
     session = onnxruntime.InferenceSession(str(file))
-    budget = get_task("eyelid").budgets_mm[precision_of(file)]
+    budget = get_task("eyelid").budgets[precision_of(file)]
     assert [p.type for p in session.get_inputs()] == 3 * ["tensor(uint8)"]
     for sample, wanted in zip(eyes, measured, strict=True):
         # Photographs as decoded: (1, H, W, 3) uint8.

@@ -107,7 +107,7 @@ def test_outputs_are_the_same_in_every_target(built, target, precision):
 @pytest.mark.parametrize(("target", "precision"), BUILDS)
 def test_values_of_all_targets_agree_within_the_budget(built, target, precision):
     reference, got = run(built("onnx", "fp32")), run(built(target, precision))
-    budget = get_task("eyelid").budgets_mm[precision]
+    budget = get_task("eyelid").budgets[precision]
     for name, wanted in reference.items():
         # Both may be off by their own budget, in opposite directions.
         np.testing.assert_allclose(got[name], wanted, atol=budget + 0.001, rtol=0)

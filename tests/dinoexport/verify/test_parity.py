@@ -25,7 +25,7 @@ from dinotrain.tasks import get_task
 TAPS = ("tokens", "blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp", "features")
 PLACES = {tap: f"value_{index}" for index, tap in enumerate(TAPS)}
 TASK = get_task("eyelid")
-BUDGET = TASK.budgets_mm
+BUDGET = TASK.budgets
 Change = Callable[[np.ndarray], np.ndarray]
 
 
@@ -388,7 +388,7 @@ def test_outputs_are_judged_by_the_tasks_budget() -> None:
 
 
 def test_the_budget_itself_is_allowed(monkeypatch) -> None:
-    monkeypatch.setattr(type(TASK), "budgets_mm", {"fp16": 0.015625})
+    monkeypatch.setattr(type(TASK), "budgets", {"fp16": 0.015625})
     wanted = of(lf_mm=[8.0])
     assert judge_outputs(of(lf_mm=[8.015625]), wanted, TASK, "fp16")["lf_mm"].passed
     above = float(np.nextafter(np.float32(8.015625), np.float32(9)))

@@ -34,6 +34,7 @@ from dinotrain.backbones.vit import ViTConfig, init_weights_
 from dinotrain.checkpoint import CheckpointConfig, load_checkpoint
 from dinotrain.heads.branch import HeadConfig
 from dinotrain.model import TaskModel
+from dinotrain.tasks import get_task
 
 CPU = torch.device("cpu")
 TAPS = ["tokens", "blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp", "features"]
@@ -69,6 +70,9 @@ def other_model(seed: int = 5, members: int = 1, depth: int = 1) -> TaskModel:
         for parameter in made.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return made.eval().requires_grad_(False)
+
+
+EYELID = get_task("eyelid")
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -295,16 +299,16 @@ def test_folding_nothing_passes_that_check(model: TaskModel, monkeypatch) -> Non
 
 def test_what_the_deploy_check_accepts() -> None:
     good = Values({"lf_mm": np.full(6, 20.0)}, {"tokens": np.ones((6, 9)), "features": np.ones(6)})
-    module._check_deploy(good, good)
+    module._check_deploy(good, good, EYELID)
     near = good.outputs["lf_mm"] + 0.9 * DEPLOY_BUDGET
-    module._check_deploy(good, Values({"lf_mm": near}, good.taps))
+    module._check_deploy(good, Values({"lf_mm": near}, good.taps), EYELID)
     far = good.outputs["lf_mm"].copy()
     far[3] += 1.1 * DEPLOY_BUDGET
-    error = refusal(lambda: module._check_deploy(good, Values({"lf_mm": far}, good.taps)))
+    error = refusal(lambda: module._check_deploy(good, Values({"lf_mm": far}, good.taps), EYELID))
     assert "lf_mm leaves the training model by 0.00011, budget 0.0001" in error
     # 1e-5 off is 100 dB; where outputs hide it, the tap does not.
     off = good.taps | {"features": np.full(6, 1 + 1.2e-5)}
-    error = refusal(lambda: module._check_deploy(good, Values(good.outputs, off)))
+    error = refusal(lambda: module._check_deploy(good, Values(good.outputs, off), EYELID))
     assert "leaves the training model at features" in error
 
 

@@ -2,10 +2,41 @@
 
 import numpy as np
 import pytest
+import torch
 
+from dinotrain.backbones.vit import ViTConfig
+from dinotrain.heads.branch import HeadConfig
+from dinotrain.model import ModelConfig, TaskModel
 from dinotrain.tasks import get_task
 
 TASK = get_task("eyelid")
+
+
+def config(kind: str = "mlp") -> ModelConfig:
+    backbone = ViTConfig(name="t", embed_dim=16, depth=1, heads=1, ffn_dim=16, grid=(4, 4))
+    return ModelConfig(
+        task="eyelid", backbone=backbone, image_size=(56, 56), head=HeadConfig(kind=kind)
+    )
+
+
+def test_outputs_with_their_units():
+    outputs = TASK.outputs(config("ensemble"))
+    names = ["mrd1_mm", "mrd2_mm", "lf_mm", "mrd1_std_mm", "mrd2_std_mm", "lf_std_mm"]
+    assert [o.name for o in outputs] == names
+    assert {(o.unit, o.shape, o.dtype) for o in outputs} == {("mm", (1,), "float32")}
+    assert outputs[0].description == "corneal light reflex to upper-lid margin, signed"
+    assert outputs[5].description == "standard deviation between ensemble members of lf_mm"
+    assert TASK.outputs(config()) == outputs[:3]
+
+
+@pytest.mark.parametrize("kind", ["mlp", "ensemble"])
+def test_a_model_gives_what_is_promised(kind):
+    model = TaskModel(config(kind)).eval()
+    pixels = {name: torch.zeros(1, 3, 56, 56) for name in ("primary", "up", "down")}
+    given = model(pixels)
+    promised = TASK.outputs(model.config)
+    assert list(given) == [o.name for o in promised]
+    assert [tuple(v.shape) for v in given.values()] == [o.shape for o in promised]
 
 
 @pytest.mark.parametrize(

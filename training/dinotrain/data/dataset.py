@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -60,6 +61,8 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True):
     image_size: tuple[int, int]
     fingerprint: str
     """sha256 over labels, splits, crops and picture digests; independent of paths and of order."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes, in the order of their numbers, where samples have classes."""
     source: str = ""
     """What the data are, in a few words."""
     synthetic: bool = False
@@ -69,7 +72,7 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True):
         chosen = tuple(sample for sample in self.samples if sample.split in names)
         return msgspec.structs.replace(self, samples=chosen)
 
-    def labels(self, targets: list[str]) -> NDArray[np.float64]:
+    def labels(self, targets: Sequence[str]) -> NDArray[np.float64]:
         """(samples, targets), NaN where there is no label."""
         rows = [[sample.values.get(name, math.nan) for name in targets] for sample in self.samples]
         return np.array(rows, dtype=np.float64).reshape(len(rows), len(targets))

@@ -1,4 +1,4 @@
-"""What a task is: its images, its targets with units and ranges, its data, and its parity.
+"""What a task is: its images, its outputs with units, its head, its data, and its parity.
 
 Nothing outside this folder asks which task it has.
 """
@@ -13,9 +13,12 @@ import msgspec
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from dinotrain.data.dataset import Dataset
+    from dinotrain.model import ModelConfig, TaskModel
+    from dinotrain.objectives.base import Objective
+    from dinotrain.train_config import TrainConfig
 
 
 class TaskInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -24,6 +27,16 @@ class TaskInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     description: str
     optional: bool = False
+
+
+class OutputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One named value with its unit; the same name, order and shape in every target."""
+
+    name: str
+    unit: str
+    shape: tuple[int, ...]
+    dtype: str
+    description: str
 
 
 class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,24 +68,69 @@ class Branch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Task(ABC):
-    """One measurement problem. Subclasses are final."""
+    """One problem to solve on pictures. Subclasses are final."""
 
     name: str
     summary: str
     inputs: tuple[TaskInput, ...]
-    targets: tuple[TargetSpec, ...]
-    branches: tuple[Branch, ...]
-    window_mm: float
-    budgets_mm: dict[str, float]
-    """Largest error per precision that parity accepts, in the targets' unit."""
+    labels: tuple[str, ...]
+    """Names of the values that a sample is labelled with."""
+    window_mm: float = 0.0
+    """Width of the picture that a model reads; 0 where pictures have no scale."""
+    orientation: str = ""
+    """The side that all pictures are mirrored to; nothing where none is."""
+    notice: str = ""
+    """What users of every model of this task must be told."""
+    budgets: dict[str, float]
+    """Largest error per precision that parity accepts, in ``error_unit``."""
+    error_unit: str
+
+    @abstractmethod
+    def outputs(self, config: "ModelConfig") -> tuple[OutputSpec, ...]:
+        """What a model of this task gives, in order."""
+
+    @abstractmethod
+    def preprocessing(self, image_size: tuple[int, int], window_mm: float) -> str:
+        """What an app does to a picture before the model reads it."""
+
+    @abstractmethod
+    def build_head(self, config: "ModelConfig", width: int) -> "nn.Module":
+        """Return the trained part over pooled features of ``width``; it gives logits."""
+
+    @abstractmethod
+    def build_decoder(self, config: "ModelConfig") -> "nn.Module":
+        """Return what turns logits into {output: values}; the last part of the deploy graph."""
 
     @abstractmethod
     def combine(self, features: "dict[str, Tensor]") -> "dict[str, Tensor]":
-        """{input: (B, F)} pooled features → {branch: (B, inputs_read·F)}."""
+        """{input: (B, F)} pooled features → what the head reads, {branch: (B, …)}."""
+
+    @abstractmethod
+    def choose_loss(self, config: "TrainConfig") -> str:
+        """Return the loss that is named, or the task's own where none is.
+
+        Raises:
+            UsageError: the named loss does not fit.
+        """
+
+    @abstractmethod
+    def objective(self, config: "TrainConfig", model: "TaskModel") -> "Objective":
+        """Return what training minimises, and how predictions are judged."""
+
+    @abstractmethod
+    def collect(self, outputs: "dict[str, Tensor]") -> "Tensor":
+        """Named outputs → (B, …), the form in which predictions are kept and judged."""
 
     @abstractmethod
     def read(self, path: Path, *, image_size: tuple[int, int], seed: int = 0) -> "Dataset":
         """Read labelled data, checked, split by subject."""
+
+    def error(self, expected: "np.ndarray", actual: "np.ndarray") -> float:
+        """Return how far one output is off, in ``error_unit``: the largest difference.
+
+        Both are float64, finite and of one shape, the samples first.
+        """
+        return float(abs(actual - expected).max())
 
     @abstractmethod
     def synthesise(
@@ -87,15 +145,21 @@ class Task(ABC):
         """Rendered inputs for parity, {input: (H, W, 3) uint8}, always the same ones."""
 
     @abstractmethod
+    def expected(self, values: dict[str, float]) -> dict[str, float]:
+        """Return the outputs of one number that labels {label: value} stand for."""
+
+    @abstractmethod
     def evaluate(self, predicted: "np.ndarray", true: "np.ndarray", reference: "np.ndarray") -> Any:
-        """Metrics of (n, targets) predictions; NaN marks a missing label."""
+        """Metrics per output of predictions; NaN marks a missing label.
+
+        Args:
+            predicted: (n, …), what ``collect`` gives.
+            true: (n, labels).
+            reference: (m, labels), labels that were trained on: what a model must beat.
+        """
 
     @abstractmethod
     def draw(
-        self, images: "dict[str, np.ndarray]", outputs: dict[str, float], caption: str
+        self, images: "dict[str, np.ndarray]", outputs: dict[str, Any], caption: str
     ) -> "Image":
-        """Draw the outputs on the pictures that they were measured on."""
-
-    def target(self, name: str) -> TargetSpec:
-        """Return the target of a name."""
-        return next(t for t in self.targets if t.name == name)
+        """Draw the outputs (arrays or plain numbers) on the pictures that they come from."""

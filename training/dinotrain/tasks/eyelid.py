@@ -5,11 +5,11 @@ Source: METHODS B2, B3.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 
-from dinotrain.tasks.base import Branch, TargetSpec, Task, TaskInput
+from dinotrain.tasks.base import Branch, OutputSpec, TargetSpec, Task, TaskInput
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dinotrain.data.dataset import Dataset
+    from dinotrain.decoders import MeasureDecoder
+    from dinotrain.heads.branch import BranchHead
+    from dinotrain.model import ModelConfig, TaskModel
+    from dinotrain.objectives.measure import MeasureObjective
+    from dinotrain.train_config import TrainConfig
 
 SAMPLE_SEED = 20260101
 
@@ -41,8 +46,65 @@ class EyelidTask(Task):
         Branch("mrd", ("mrd1", "mrd2"), inputs_read=1),
         Branch("lf", ("lf",), inputs_read=3),
     )
+    labels = tuple(target.name for target in targets)
     window_mm = 40.0
-    budgets_mm = {"fp32": 0.001, "fp16": 0.02}  # noqa: RUF012
+    orientation = "right"
+    notice = "Research software, not a medical device."
+    budgets = {"fp32": 0.001, "fp16": 0.02}  # noqa: RUF012
+    error_unit = "mm"
+
+    def outputs(self, config: "ModelConfig") -> tuple[OutputSpec, ...]:
+        """Return the three distances, and of an ensemble how far its members disagree."""
+        means = [(t.output_name, t.unit, t.description) for t in self.targets]
+        spreads = [
+            (t.std_name, t.unit, f"standard deviation between ensemble members of {t.output_name}")
+            for t in self.targets
+        ]
+        return tuple(
+            OutputSpec(name=name, unit=unit, shape=(1,), dtype="float32", description=text)
+            for name, unit, text in (means + spreads if config.head.count > 1 else means)
+        )
+
+    def preprocessing(self, image_size: tuple[int, int], window_mm: float) -> str:
+        """Crop to scale, mirror, resize."""
+        height, width = image_size
+        return (
+            f"crop the {window_mm:g} mm window, mirror left eyes, resize to "
+            f"{width}×{height} pixels (bicubic, antialiased), 8-bit RGB"
+        )
+
+    def build_head(self, config: "ModelConfig", width: int) -> "BranchHead":
+        """One branch per set of gazes."""
+        from dinotrain.heads.branch import BranchHead, BranchSpec
+
+        branches = [
+            BranchSpec(b.name, b.inputs_read * width, len(b.targets)) for b in self.branches
+        ]
+        return BranchHead(branches, config.encoding.width, config.head)
+
+    def build_decoder(self, config: "ModelConfig") -> "MeasureDecoder":
+        """Bits to millimetres."""
+        from dinotrain.decoders import MeasureDecoder
+
+        return MeasureDecoder(config.encoding, self.targets)
+
+    def collect(self, outputs: "dict[str, Tensor]") -> "Tensor":
+        """(B, 3), in millimetres."""
+        return torch.stack([outputs[target.output_name] for target in self.targets], dim=1)
+
+    def choose_loss(self, config: "TrainConfig") -> str:
+        """Cross-entropy of the bits; squared error of a scalar."""
+        from dinotrain.objectives.measure import choose_loss
+
+        return choose_loss(config)
+
+    def objective(self, config: "TrainConfig", model: "TaskModel") -> "MeasureObjective":
+        """Errors of bits or of scalars."""
+        from dinotrain.objectives.measure import MeasureObjective
+
+        return MeasureObjective(
+            config, cast("BranchHead", model.head), cast("MeasureDecoder", model.decoder)
+        )
 
     def combine(self, features: "dict[str, Tensor]") -> "dict[str, Tensor]":
         """MRD reads the primary gaze; LF reads up ‖ down ‖ up − down."""
@@ -84,6 +146,10 @@ class EyelidTask(Task):
             samples.append(sample)
         return samples
 
+    def expected(self, values: dict[str, float]) -> dict[str, float]:
+        """Return the distances under their outputs' names."""
+        return {t.output_name: values[t.name] for t in self.targets if t.name in values}
+
     def evaluate(self, predicted: "np.ndarray", true: "np.ndarray", reference: "np.ndarray") -> Any:
         """Metrics of METHODS B8 per target, with the mean-predictor row."""
         from dinotrain.metrics.regression import evaluate_targets
@@ -91,9 +157,12 @@ class EyelidTask(Task):
         return evaluate_targets(predicted, true, reference, self.targets)
 
     def draw(
-        self, images: "dict[str, np.ndarray]", outputs: dict[str, float], caption: str
+        self, images: "dict[str, np.ndarray]", outputs: dict[str, Any], caption: str
     ) -> "Image":
         """Draw MRD1 and MRD2 as brackets from the light reflex, LF beside the two gazes."""
+        import numpy as np
+
         from dinotrain.tasks.eyelid_drawing import draw_measurement
 
-        return draw_measurement(images, outputs, caption, window_mm=self.window_mm)
+        values = {name: float(np.ravel(value)[0]) for name, value in outputs.items()}
+        return draw_measurement(images, values, caption, window_mm=self.window_mm)

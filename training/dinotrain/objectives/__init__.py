@@ -1,0 +1,1 @@
+"""Objectives: what training minimises per family of tasks, and how predictions are judged."""

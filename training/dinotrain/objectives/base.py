@@ -1,0 +1,40 @@
+"""What training asks of a model: a loss, the figure that validation watches, and a baseline."""
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Values = NDArray[np.float64]
+
+
+class Objective(ABC):
+    """One objective, bound to the model that it trains."""
+
+    error_name: str
+    """What ``validation_error`` is, as progress shows it."""
+
+    @abstractmethod
+    def check(self, labels: Values) -> None:
+        """Refuse (n, labels) training labels from which nothing can be learnt.
+
+        Raises:
+            DataError: the labels are too few.
+        """
+
+    @abstractmethod
+    def start_(self, labels: Values) -> None:
+        """Set what the model knows of its (n, labels) training labels before it trains."""
+
+    @abstractmethod
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits and (B, labels) float64, NaN where a label is missing → a scalar."""
+
+    @abstractmethod
+    def validation_error(self, predicted: Values, true: Values) -> float | None:
+        """Return the figure that stops training, lower is better; None where no label is."""
+
+    @abstractmethod
+    def baseline(self, labels: Values) -> dict[str, float]:
+        """Return what a model without pictures would answer, {label: value}."""
