@@ -1,8 +1,16 @@
-"""Regularisers that keep what tasks read apart. Source: METHODS B5, OR ``task``."""
+"""Regularisers that keep what tasks read apart, and a gauge of how far they do. Source: METHODS B5.
+
+``task_orthogonality`` is OR ``task``, ``soft_orthogonality`` is OR ``so``, and
+``gradient_overlap`` is OR ``grad``, which is reported and not trained on.
+"""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dinotrain.errors import ShapeError
 
 
 def task_orthogonality(output_weights: list[Tensor]) -> Tensor:
@@ -27,3 +35,57 @@ def task_orthogonality(output_weights: list[Tensor]) -> Tensor:
     if not overlaps:
         return output_weights[0].new_zeros(()) if output_weights else torch.zeros(())
     return torch.stack(overlaps).mean()
+
+
+def soft_orthogonality(hidden_weights: Sequence[Tensor]) -> Tensor:
+    """‖WᵀW − I‖²_F / d² with the Gram matrix on the smaller side (d × d), mean over layers.
+
+    Args:
+        hidden_weights: one (out, in) or (out, in, kernel…) per hidden layer; a convolution counts
+            as (out, in·kernel).
+
+    Returns:
+        A scalar; 0 where every layer has orthonormal rows or columns, or there is none.
+
+    Raises:
+        ShapeError: a weight has fewer than two dimensions.
+    """
+    penalties = []
+    for weight in hidden_weights:
+        if weight.dim() < 2:
+            raise ShapeError(
+                f"soft orthogonality is of matrices, and a weight is {tuple(weight.shape)}; "
+                "give the weights of linear and convolution layers, without their biases"
+            )
+        matrix = weight.flatten(1)
+        gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        penalties.append((gram - identity).square().mean())
+    return torch.stack(penalties).mean() if penalties else torch.zeros(())
+
+
+def gradient_overlap(task_losses: Sequence[Tensor], embedding: Tensor) -> Tensor:
+    """Mean squared cosine between the tasks' gradients at the embedding that they share.
+
+    Args:
+        task_losses: one scalar per task, computed from ``embedding``.
+        embedding: any shape, requires a gradient; its whole gradient is one vector.
+
+    Returns:
+        A scalar in [0, 1], detached: a diagnostic. A task without a gradient (no labels in the
+        batch, or another branch) overlaps with none; 0 for fewer than two tasks. The graph is kept
+        for the backward pass of training.
+    """
+    directions = []
+    for loss in task_losses:
+        gradient = None
+        if loss.requires_grad:
+            (gradient,) = torch.autograd.grad(loss, embedding, retain_graph=True, allow_unused=True)
+        if gradient is None:
+            gradient = torch.zeros_like(embedding)
+        directions.append(F.normalize(gradient.detach().flatten().float(), dim=0))
+    if len(directions) < 2:
+        return embedding.new_zeros(())
+    cosines = torch.stack(directions) @ torch.stack(directions).T
+    pairs = torch.triu_indices(len(directions), len(directions), offset=1)
+    return cosines[pairs[0], pairs[1]].square().mean()
