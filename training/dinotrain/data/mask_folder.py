@@ -1,0 +1,407 @@
+"""The segmentation task's reader: folders of pictures and of masks become a data set.
+
+    images/part_01.jpg     any picture that ``images`` reads
+    masks/part_01.png      of the same stem and size: class ids, 255 = ignore; see ``masks``
+    classes.txt            one name a line, id 0 (background) first; or classes.json
+    split.csv              optional: stem, group, split
+
+Every file is judged before anything is refused, so that a folder is mended in one go.
+Source: METHODS C (classes, ignore index, split 80 : 10 : 10 stratified by defect presence).
+"""
+
+import csv
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from dinotrain.data.class_list import read_classes, read_text
+from dinotrain.data.dataset import SPLITS
+from dinotrain.data.images import read_image
+from dinotrain.data.mask_dataset import (
+    MaskDataset,
+    MaskSample,
+    mask_fingerprint,
+    stratified_splits,
+)
+from dinotrain.data.masks import IGNORE, read_mask
+from dinotrain.errors import DataError
+
+SHOWN = 10
+SPLIT_COLUMNS = ("stem", "group", "split")
+# What desktops leave behind in folders.
+_LITTER = {"thumbs.db", "desktop.ini"}
+_THREADS = 8
+
+
+def read_mask_folder(
+    path: Path,
+    *,
+    image_size: tuple[int, int],
+    seed: int = 0,
+    skip_unreadable: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> MaskDataset:
+    """Read a folder of pictures and masks; every file is decoded once and checked.
+
+    ``split.csv`` may name per stem its ``group`` (blank: a group of its own) and its ``split``
+    (blank: drawn by group, 80 : 10 : 10, stratified by the classes that the masks show).
+
+    Args:
+        path: the folder that holds ``images``, ``masks`` and ``classes.txt`` or ``classes.json``.
+        image_size: (height, width) of what ``MaskDataset.load`` gives.
+        seed: of the split, where ``split.csv`` leaves it open.
+        skip_unreadable: leave out pairs of which a file cannot be read, and note them, instead of
+            refusing; everything else that is wrong is still refused.
+        progress: called with (pairs checked, pairs) after each.
+
+    Raises:
+        DataError: the folder or any of its files cannot be used; up to ten files are named.
+    """
+    for name in ("images", "masks"):
+        if not (path / name).is_dir():
+            raise DataError(
+                f"{path}: no folder '{name}' in it. A segmentation data set has images/, masks/ "
+                "and classes.txt."
+            )
+    classes = read_classes(path)
+    problems = _Problems(skip_unreadable)
+    pairs = _pair(path, problems)
+    places = _read_split(path, {stem for stem, _, _ in pairs}, problems)
+    found = _check_pairs(path, pairs, len(classes), problems, progress)
+    _check_duplicates(found, problems)
+    problems.refuse(path)
+    if not found:
+        raise DataError(f"{path}: no picture is left to train on. {'; '.join(problems.skipped)}")
+    _check_binary(path, found)
+    samples = _assign(found, places, seed)
+    if not any(sample.split == "train" for sample in samples):
+        raise DataError(
+            f"{path}: no picture is in the split 'train'. Name train rows in split.csv, or leave "
+            "the column blank."
+        )
+    source, synthetic = _origin(path)
+    return MaskDataset(
+        samples=samples,
+        classes=classes,
+        image_size=image_size,
+        fingerprint=mask_fingerprint(samples, classes),
+        notes=(*(f"skipped {text}" for text in problems.skipped), *_notes(samples, classes)),
+        source=source or path.resolve().name,
+        synthetic=synthetic,
+    )
+
+
+class _Problems:
+    """Collects what is wrong with files; unreadable ones may be skipped."""
+
+    def __init__(self, skip_unreadable: bool) -> None:
+        self._skip = skip_unreadable
+        self._refused: list[tuple[str, int, str]] = []
+        self._unreadable = 0
+        self.skipped: list[str] = []
+
+    def add(self, file: str, text: str, line: int = 0) -> None:
+        """Note what is wrong with a file, or with one of its lines."""
+        self._refused.append((file, line, text))
+
+    def unreadable(self, file: str, text: str) -> None:
+        """Note a file that cannot be read: refused, or skipped where that is allowed."""
+        if self._skip:
+            self.skipped.append(f"{file}: {text}")
+            return
+        self._unreadable += 1
+        self.add(file, text)
+
+    def refuse(self, path: Path) -> None:
+        """Raise DataError where there is anything to refuse."""
+        if not self._refused:
+            return
+        lines = [
+            f"{file} row {line}: {text}" if line else f"{file}: {text}"
+            for file, line, text in sorted(self._refused)
+        ]
+        more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        noun = "problem" if len(lines) == 1 else "problems"
+        listed = ";\n  ".join([*lines[:SHOWN], *more])
+        hint = "\nUnreadable pairs can be skipped: --skip-unreadable." if self._unreadable else ""
+        raise DataError(f"{path}: {len(lines)} {noun}:\n  {listed}{hint}")
+
+
+class _Pair(msgspec.Struct, frozen=True, kw_only=True):
+    """A picture and its mask that fit together."""
+
+    stem: str
+    image: Path
+    mask: Path
+    image_digest: str
+    mask_digest: str
+    size: tuple[int, int]
+    pixels: tuple[int, ...]
+    ignored: int
+
+    @property
+    def shown(self) -> tuple[int, ...]:
+        """Classes that the mask shows, besides the background."""
+        return tuple(c for c, count in enumerate(self.pixels) if c and count)
+
+
+def _files(folder: Path, problems: _Problems) -> dict[str, Path]:
+    """{stem: file}, sorted; folders and doubled stems are problems."""
+    result: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        name = f"{folder.name}/{file.name}"
+        if file.name.startswith(".") or file.name.lower() in _LITTER:
+            continue
+        if not file.is_file():
+            problems.add(name, "a folder; all files stand directly in " + folder.name)
+        elif file.stem in result:
+            problems.add(name, f"the stem '{file.stem}' is also that of {result[file.stem].name}")
+        else:
+            result[file.stem] = file
+    return result
+
+
+def _pair(path: Path, problems: _Problems) -> list[tuple[str, Path, Path]]:
+    images, masks = _files(path / "images", problems), _files(path / "masks", problems)
+    if not images and not masks:
+        raise DataError(
+            f"{path}: images/ and masks/ are empty. Put pictures and their masks there."
+        )
+    for stem in sorted(images.keys() - masks.keys()):
+        problems.add(f"images/{images[stem].name}", f"no mask masks/{stem}.png")
+    for stem in sorted(masks.keys() - images.keys()):
+        problems.add(f"masks/{masks[stem].name}", f"no picture of the stem '{stem}' in images/")
+    return [(stem, images[stem], masks[stem]) for stem in images if stem in masks]
+
+
+def _check_pairs(
+    path: Path,
+    pairs: list[tuple[str, Path, Path]],
+    classes: int,
+    problems: _Problems,
+    progress: Callable[[int, int], None] | None,
+) -> list[_Pair]:
+    def check(pair: tuple[str, Path, Path]) -> tuple[_Pair | None, list[tuple[str, str, bool]]]:
+        return _check_pair(path, *pair, classes)
+
+    found: list[_Pair] = []
+    # Decoders release the interpreter's lock, so threads use all cores. The readers change the
+    # warning filters, which threads share: what they leave behind is undone here.
+    threads = min(_THREADS, os.cpu_count() or 1)
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+        for done, (good, wrong) in enumerate(pool.map(check, pairs), start=1):
+            for file, text, unreadable in wrong:
+                (problems.unreadable if unreadable else problems.add)(file, text)
+            if good is not None:
+                found.append(good)
+            if progress is not None:
+                progress(done, len(pairs))
+    return found
+
+
+def _check_pair(
+    path: Path, stem: str, image: Path, mask: Path, classes: int
+) -> tuple[_Pair | None, list[tuple[str, str, bool]]]:
+    """Return the pair, or what is wrong as (file, text, whether it is unreadable)."""
+    pixels = ids = None
+    wrong: list[tuple[str, str, bool]] = []
+    try:
+        pixels = read_image(image)
+    except DataError as error:
+        wrong.append((_short(path, image), _bare(error, image), True))
+    try:
+        ids = read_mask(mask)
+    except DataError as error:
+        wrong.append((_short(path, mask), _bare(error, mask), True))
+    if pixels is None or ids is None:
+        return None, wrong
+    if ids.shape != pixels.shape[:2]:
+        wrong.append((_short(path, mask), _size_text(ids.shape, pixels.shape[:2], image), False))
+    counts = np.bincount(ids.ravel(), minlength=IGNORE + 1).tolist()
+    unknown = [value for value in range(classes, IGNORE) if counts[value]]
+    if unknown:
+        listed = ", ".join(f"{value} ({counts[value]} pixels)" for value in unknown[:5])
+        more = f" and {len(unknown) - 5} more values" if len(unknown) > 5 else ""
+        text = f"holds {listed}{more}; 0 to {classes - 1} and {IGNORE} (ignore) are accepted"
+        wrong.append((_short(path, mask), text, False))
+    if wrong:
+        return None, wrong
+    return _Pair(
+        stem=stem,
+        image=image,
+        mask=mask,
+        image_digest=_digest(image),
+        mask_digest=_digest(mask),
+        size=(ids.shape[0], ids.shape[1]),
+        pixels=tuple(counts[:classes]),
+        ignored=counts[IGNORE],
+    ), []
+
+
+def _check_duplicates(pairs: Iterable[_Pair], problems: _Problems) -> None:
+    seen: dict[str, _Pair] = {}
+    for pair in pairs:
+        first = seen.setdefault(pair.image_digest, pair)
+        if first is not pair:
+            problems.add(
+                f"images/{pair.image.name}", f"the same picture as images/{first.image.name}"
+            )
+
+
+def _check_binary(path: Path, pairs: list[_Pair]) -> None:
+    """Refuse masks of 0 and 255 alone: there 255 means the defect, not ``IGNORE``."""
+    if any(pair.shown for pair in pairs) or not any(pair.ignored for pair in pairs):
+        return
+    raise DataError(
+        f"{path}: the masks hold 0 and {IGNORE} only, and {IGNORE} means ignore. Write class ids, "
+        "1 for the first class after the background."
+    )
+
+
+def _read_split(path: Path, stems: set[str], problems: _Problems) -> dict[str, tuple[str, str]]:
+    """Return {stem: (group, split)} of split.csv, either of them blank where it is open."""
+    file = path / "split.csv"
+    if not file.is_file():
+        return {}
+    places: dict[str, tuple[str, str]] = {}
+    held: dict[str, tuple[str, int]] = {}
+    for line, row in _read_rows(file):
+        stem, group, split = (row.get(name, "") for name in SPLIT_COLUMNS)
+        if not stem or stem in places:
+            problems.add("split.csv", f"stem '{stem}' twice" if stem else "stem is blank", line)
+            continue
+        places[stem] = (group, split)
+        if split and split not in SPLITS:
+            text = f"split is '{split}', not one of {', '.join(SPLITS)}"
+            problems.add("split.csv", text, line)
+        if stem not in stems and not _is_listed(path, stem):
+            near = Path(stem).stem
+            hint = f"; write '{near}'" if near != stem and near in stems else ""
+            problems.add("split.csv", f"no picture of the stem '{stem}'{hint}", line)
+        if group and split in SPLITS:
+            other, first = held.setdefault(group, (split, line))
+            if other != split:
+                text = (
+                    f"group '{group}' is in '{split}' here and in '{other}' in row {first}; a "
+                    "group stays in one split"
+                )
+                problems.add("split.csv", text, line)
+    for stem in sorted(stems - places.keys()):
+        problems.add("split.csv", f"no row for the stem '{stem}'")
+    return places
+
+
+def _is_listed(path: Path, stem: str) -> bool:
+    """Whether a file of this stem exists whose partner is missing: that is told already."""
+    return any(
+        file.stem == stem for name in ("images", "masks") for file in (path / name).iterdir()
+    )
+
+
+def _read_rows(file: Path) -> list[tuple[int, dict[str, str]]]:
+    """Return (line, {column: text}) per row of split.csv."""
+    reader = csv.reader(read_text(file).splitlines(), strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        if "stem" not in header or len(header) < 2 or not set(header) <= set(SPLIT_COLUMNS):
+            raise DataError(
+                f"{file}: its columns are {', '.join(header) or 'none'}; stem and one or both of "
+                "group and split are accepted"
+            )
+        rows = []
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{file}: row {reader.line_num} has {len(cells)} fields, the header has "
+                        f"{len(header)}"
+                    )
+                row = dict(zip(header, (cell.strip() for cell in cells), strict=True))
+                rows.append((reader.line_num, row))
+        return rows
+    except csv.Error as error:
+        raise DataError(f"{file}: not a CSV that can be read ({error}). Save it again.") from error
+
+
+def _assign(
+    pairs: list[_Pair], places: dict[str, tuple[str, str]], seed: int
+) -> tuple[MaskSample, ...]:
+    """Give every pair its group and split; groups with a named split keep it."""
+    groups = {pair.stem: places.get(pair.stem, ("", ""))[0] or pair.stem for pair in pairs}
+    named: dict[str, str] = {}
+    for pair in pairs:
+        split = places.get(pair.stem, ("", ""))[1]
+        if split:
+            named[groups[pair.stem]] = split
+    strata: dict[str, set[int]] = {}
+    for pair in pairs:
+        if groups[pair.stem] not in named:
+            strata.setdefault(groups[pair.stem], set()).update(pair.shown)
+    drawn = stratified_splits({g: tuple(sorted(shown)) for g, shown in strata.items()}, seed)
+    splits = named | drawn
+    return tuple(
+        MaskSample(
+            group=groups[pair.stem],
+            split=splits[groups[pair.stem]],  # type: ignore[arg-type]
+            **msgspec.structs.asdict(pair),
+        )
+        for pair in pairs
+    )
+
+
+def _notes(samples: tuple[MaskSample, ...], classes: tuple[str, ...]) -> list[str]:
+    notes = [
+        f"masks/{sample.mask.name}: no pixel has a label"
+        for sample in samples
+        if not any(sample.pixels)
+    ]
+    for number, name in enumerate(classes):
+        having = {sample.split for sample in samples if sample.pixels[number]}
+        missing = [s for s in SPLITS if s not in having and any(x.split == s for x in samples)]
+        if not having:
+            notes.append(f"class {number} '{name}' is empty: no mask shows it")
+        elif missing:
+            notes.append(f"class {number} '{name}' is empty in {', '.join(missing)}")
+    return notes
+
+
+def _size_text(mask: tuple[int, ...], image: tuple[int, ...], file: Path) -> str:
+    turned = " (is it turned?)" if mask == image[::-1] else ""
+    return (
+        f"{mask[1]}×{mask[0]} pixels, its picture {file.name} has {image[1]}×{image[0]}{turned}; "
+        "they must be equal"
+    )
+
+
+def _short(path: Path, file: Path) -> str:
+    return file.relative_to(path).as_posix()
+
+
+def _bare(error: DataError, file: Path) -> str:
+    """Return the message without the file, which the list of problems names already."""
+    return str(error).removeprefix(f"{file}: ").replace(str(file), file.name)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def _origin(folder: Path) -> tuple[str, bool]:
+    """Return what ``dataset.json`` says, as synthetic generators write it."""
+    stamp = folder / "dataset.json"
+    try:
+        facts = json.loads(stamp.read_bytes()) if stamp.is_file() else {}
+        generator = facts.get("generator")
+    except (ValueError, AttributeError, OSError):
+        return "", False
+    if not generator:
+        return "", False
+    return f"synthetic ({generator}, seed {facts.get('seed')})", True
