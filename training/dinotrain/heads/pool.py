@@ -9,11 +9,12 @@ from typing import Literal
 
 import msgspec
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinotrain.backbones.vit import TapNorm, VisionTransformer, ViTConfig
 from dinotrain.errors import UsageError
+from dinotrain.heads.pyramid import LateralPyramid
+from dinotrain.heads.segmentation import tokens_to_map
 
 
 class FeatureConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -59,14 +60,14 @@ class ClsMeanPool(Pool):
         return features
 
 
-class LateralPyramid(Pool):
-    """Four taps → maps at strides ¼, ½, 1 and 2 of a patch → top-down sums → mean of each.
+class LateralPyramidPool(LateralPyramid, Pool):
+    """Four taps → a lateral pyramid over their maps: (B, 4·channels).
 
     Args:
         backbone: gives the width of the taps.
         config: exactly four taps.
         grid: (rows, cols) of the patch grid.
-        channels: width of the pyramid; the result has 4·channels numbers.
+        channels: width of the pyramid.
 
     Source: METHODS B6, FPN (a).
     """
@@ -74,23 +75,16 @@ class LateralPyramid(Pool):
     def __init__(
         self, backbone: ViTConfig, config: FeatureConfig, grid: tuple[int, int], channels: int = 256
     ) -> None:
-        super().__init__()
         if len(config.taps) != 4:
             raise UsageError(f"a pyramid reads 4 taps, {len(config.taps)} are named: {config.taps}")
+        dim = backbone.embed_dim
+        super().__init__([dim] * 4, one_scale=True, channels=channels)
         self.config = config
         self.grid = grid
-        self.width = 4 * channels
-        dim = backbone.embed_dim
         if config.tap_norm == "own_ln":
             self.norms = nn.ModuleList(
                 nn.LayerNorm(dim, eps=backbone.layer_norm_eps) for _ in config.taps
             )
-        self.lateral = nn.ModuleList(nn.Conv2d(dim, channels, 1) for _ in config.taps)
-        self.up4 = nn.ConvTranspose2d(channels, channels, kernel_size=4, stride=4)
-        self.up2 = nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2)
-        self.smooth = nn.ModuleList(
-            nn.Conv2d(channels, channels, 3, padding=1) for _ in config.taps
-        )
 
     def extract(self, backbone: VisionTransformer, images: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, 4, N, D)."""
@@ -103,35 +97,17 @@ class LateralPyramid(Pool):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, 4, N, D) → (B, 4·channels)."""
-        levels = [self._level(features[:, index], index) for index in range(4)]
-        levels = [
-            self.up4(levels[0]),
-            self.up2(levels[1]),
-            levels[2],
-            F.max_pool2d(levels[3], 2, ceil_mode=True),
-        ]
-        for index in (2, 1, 0):
-            rows, cols = levels[index].shape[-2:]
-            above = F.interpolate(levels[index + 1], scale_factor=2.0, mode="nearest")
-            levels[index] = levels[index] + above[..., :rows, :cols]
-        pooled = [
-            smooth(level).mean(dim=(2, 3))
-            for smooth, level in zip(self.smooth, levels, strict=True)
-        ]
-        return torch.cat(pooled, dim=-1)
-
-    def _level(self, tap: Tensor, index: int) -> Tensor:
+        taps = [features[:, index] for index in range(4)]
         if self.config.tap_norm == "own_ln":
-            tap = self.norms[index](tap)
-        maps = tap.transpose(1, 2).reshape(tap.shape[0], tap.shape[2], *self.grid)
-        return self.lateral[index](maps)
+            taps = [norm(tap) for norm, tap in zip(self.norms, taps, strict=True)]
+        return super().forward([tokens_to_map(tap, self.grid) for tap in taps])
 
 
 def build_pool(
     backbone: ViTConfig, config: FeatureConfig, image_size: tuple[int, int]
-) -> ClsMeanPool | LateralPyramid:
+) -> ClsMeanPool | LateralPyramidPool:
     """Return the pool that a config names."""
     if config.kind == "cls_mean":
         return ClsMeanPool(backbone)
     patch = backbone.patch_size
-    return LateralPyramid(backbone, config, (image_size[0] // patch, image_size[1] // patch))
+    return LateralPyramidPool(backbone, config, (image_size[0] // patch, image_size[1] // patch))
