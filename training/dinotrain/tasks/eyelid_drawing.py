@@ -8,14 +8,22 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from scipy import ndimage
 
-PANEL_PX = 448
-_OVERSAMPLE = 2
-"""Drawn twice as large, then halved, for smooth lines."""
+from dinotrain.tasks.sheet import (
+    INK,
+    LINE_PX,
+    OVERSAMPLE,
+    QUIET,
+    RULE,
+    Sheet,
+    font,
+    up,
+    wrapped,
+)
 
-_PAPER, _INK, _QUIET, _RULE = (250, 250, 248), (28, 32, 38), (104, 111, 120), (214, 216, 219)
+PANEL_PX = 448
 _COLOURS = {"mrd1": (255, 196, 61), "mrd2": (82, 205, 255), "lf": (214, 84, 120)}
 """Apart in hue and in lightness, so that they are told apart without colour vision."""
 _CARD_COLOURS = {"mrd1": (173, 116, 0), "mrd2": (0, 112, 158), "lf": (176, 44, 84)}
@@ -32,9 +40,6 @@ _SPOT_MM = 1.5
 """Bright things at least this wide are sclera or skin, not a reflex."""
 _LEAST_CONTRAST = 80.0
 """Of 255. Over 120 rendered eyes a visible reflex scored 146 or more, lashes mostly below 70."""
-
-_DASHES = dict.fromkeys(map(ord, "–—−‑"), "-")
-"""The built-in font has no dash but the hyphen."""
 
 _FOUND = "The light reflex (ring) was located by brightness in the picture."
 _LOST = (
@@ -107,12 +112,12 @@ def draw_measurement(
     Returns:
         An RGB picture.
     """
-    sheet = _Sheet(images, outputs, caption, window_mm)
+    sheet = _EyelidSheet(images, outputs, caption, window_mm)
     return sheet.draw()
 
 
-class _Sheet:
-    """One drawing; all lengths are in final pixels, multiplied once on their way to Pillow."""
+class _EyelidSheet(Sheet):
+    """One drawing of three gazes; all lengths are in final pixels."""
 
     margin, ruler, gap, lf_gap = 36, 46, 20, 132
     top, card = 36, 96
@@ -138,21 +143,15 @@ class _Sheet:
             "up": second,
             "down": second + PANEL_PX + self.lf_gap,
         }
-        self.width = self.left["down"] + PANEL_PX + self.margin
+        width = self.left["down"] + PANEL_PX + self.margin
         notes = [caption] if caption else []
         if self.reflex is not None:
             notes.append(f"{_FOUND if self.reflex.found else _LOST} {_SCALE}")
-        notes = [note.translate(_DASHES) for note in notes]
-        self.lines = [
-            line for note in notes for line in _wrapped(note, self.width - 2 * self.margin)
-        ]
+        self.lines = [line for note in notes for line in wrapped(note, width - 2 * self.margin)]
         self.bottom = self.top + self.height_px
         self.cards_top = self.bottom + 54
         self.notes_top = self.cards_top + self.card + 26
-        self.height = self.notes_top + 24 * len(self.lines) + self.margin - 8
-        size = (self.width * _OVERSAMPLE, self.height * _OVERSAMPLE)
-        self.canvas = Image.new("RGB", size, _PAPER)
-        self.pen = ImageDraw.Draw(self.canvas, "RGBA")
+        super().__init__(width, self.notes_top + LINE_PX * len(self.lines) + self.margin - 8)
 
     def draw(self) -> Image.Image:
         for gaze, left in self.left.items():
@@ -162,28 +161,20 @@ class _Sheet:
             self._brackets(self.reflex)
         self._excursion()
         self._cards()
-        for index, line in enumerate(self.lines):
-            ink = _INK if index == 0 else _QUIET
-            self._text((self.margin, self.notes_top + 24 * index), line, 15, ink)
-        return self.canvas.resize((self.width, self.height), Image.Resampling.LANCZOS)
+        self.notes(self.lines, (self.margin, self.notes_top))
+        return self.finish()
 
     def _panel(self, gaze: str, left: float) -> None:
         image = self.images.get(gaze)
         box = (left, self.top, left + PANEL_PX, self.bottom)
         if image is None:
-            self._box(box, fill=(236, 237, 238), outline=_RULE)
+            self.box(box, fill=(236, 237, 238), outline=RULE)
             centre = (left + PANEL_PX / 2, (self.top + self.bottom) / 2)
-            self._text(centre, "no picture", 17, _QUIET, anchor="mm")
+            self.text(centre, "no picture", 17, QUIET, anchor="mm")
         else:
-            size = PANEL_PX * _OVERSAMPLE, self.height_px * _OVERSAMPLE
-            enlarged = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
-            mask = Image.new("L", size, 0)
-            radius = 10 * _OVERSAMPLE
-            ImageDraw.Draw(mask).rounded_rectangle((0, 0, size[0] - 1, size[1] - 1), radius, 255)
-            place = round(left * _OVERSAMPLE), self.top * _OVERSAMPLE
-            self.canvas.paste(enlarged, place, mask)
+            self.picture(image, (left, self.top), (PANEL_PX, self.height_px))
         centre = (left + PANEL_PX / 2, self.bottom + 14)
-        self._text(centre, _TITLES[gaze], 16, _QUIET, anchor="ma")
+        self.text(centre, _TITLES[gaze], 16, QUIET, anchor="ma")
 
     def _ruler(self) -> None:
         """Millimetres down the left side, 0 at the top."""
@@ -192,11 +183,11 @@ class _Sheet:
         for mm in range(int(height_mm + 1e-6) + 1):
             y = self.top + mm * self.px_per_mm
             length = 12 if mm % 10 == 0 else 8 if mm % 5 == 0 else 4
-            self._line([(x - length, y), (x, y)], _INK if mm % 5 == 0 else _QUIET, 1.2)
+            self.line([(x - length, y), (x, y)], INK if mm % 5 == 0 else QUIET, 1.2)
             if mm % 10 == 0:
-                self._text((x - 16, y), str(mm), 13, _INK, anchor="rm")
-        self._line([(x, self.top), (x, self.top + height_mm * self.px_per_mm)], _INK, 1.2)
-        self._text((x, self.bottom + 16), "mm", 13, _QUIET, anchor="ra")
+                self.text((x - 16, y), str(mm), 13, INK, anchor="rm")
+        self.line([(x, self.top), (x, self.top + height_mm * self.px_per_mm)], INK, 1.2)
+        self.text((x, self.bottom + 16), "mm", 13, QUIET, anchor="ra")
 
     def _brackets(self, reflex: Reflex) -> None:
         # Without a place to start from, brackets on the eye would seem to mark its lids wrongly.
@@ -223,10 +214,10 @@ class _Sheet:
         inner = x - offset * 0.15
         colour = _COLOURS[target]
         for ink, extra in (((0, 0, 0, 120), 2.4), (colour, 0.0)):
-            self._line([(bar, y), (bar, end)], ink, 3.0 + extra)
-            self._line([(bar, end), (inner, end)], ink, 1.8 + extra)
+            self.line([(bar, y), (bar, end)], ink, 3.0 + extra)
+            self.line([(bar, end), (inner, end)], ink, 1.8 + extra)
             for edge in (y, end):
-                self._line([(bar - 6, edge), (bar + 6, edge)], ink, 3.0 + extra)
+                self.line([(bar - 6, edge), (bar + 6, edge)], ink, 3.0 + extra)
         side = 1 if offset > 0 else -1
         text = f"{_NAMES[target][0]} {_signed(self.outputs[target + '_mm'], 1)}"
         anchor = "lm" if side > 0 else "rm"
@@ -242,37 +233,37 @@ class _Sheet:
         half = min(max(value, 0.0) * self.px_per_mm / 2, self.height_px / 2)
         low, high = middle + half, middle - half
         colour = _COLOURS["lf"]
-        self._line([(x, high), (x, low)], colour, 3.5)
+        self.line([(x, high), (x, low)], colour, 3.5)
         for mm in range(1, int(max(value, 0.0)) + 1):
             y = low - mm * self.px_per_mm
             if y > high + 1:
                 wide = 7 if mm % 5 == 0 else 4
-                self._line([(x - wide, y), (x + wide, y)], colour, 1.4)
+                self.line([(x - wide, y), (x + wide, y)], colour, 1.4)
         for edge in (high, low):
-            self._line([(x - 15, edge), (x + 15, edge)], colour, 3.5)
-        self._text((x, high - 32), f"LF {_signed(value, 1)}", 18, _CARD_COLOURS["lf"], anchor="mm")
-        self._text((x, high - 13), "up", 13, _QUIET, anchor="mm")
-        self._text((x, low + 14), "down", 13, _QUIET, anchor="mm")
+            self.line([(x - 15, edge), (x + 15, edge)], colour, 3.5)
+        self.text((x, high - 32), f"LF {_signed(value, 1)}", 18, _CARD_COLOURS["lf"], anchor="mm")
+        self.text((x, high - 13), "up", 13, QUIET, anchor="mm")
+        self.text((x, low + 14), "down", 13, QUIET, anchor="mm")
 
     def _cards(self) -> None:
         width = (self.width - 2 * self.margin - 2 * self.gap) / 3
         for index, (target, (name, meaning)) in enumerate(_NAMES.items()):
             left = self.margin + index * (width + self.gap)
             top = self.cards_top
-            self._box((left, top, left + width, top + self.card), (255, 255, 255), _RULE)
+            self.box((left, top, left + width, top + self.card), (255, 255, 255), RULE)
             ink = _CARD_COLOURS[target]
-            self._box((left, top + 14, left + 5, top + self.card - 14), ink, ink, radius=2)
-            self._text((left + 24, top + 22), name, 22, ink)
-            self._text((left + 24, top + 56), meaning, 15, _QUIET)
+            self.box((left, top + 14, left + 5, top + self.card - 14), ink, ink, radius=2)
+            self.text((left + 24, top + 22), name, 22, ink)
+            self.text((left + 24, top + 56), meaning, 15, QUIET)
             value = self.outputs.get(f"{target}_mm")
             std = self.outputs.get(f"{target}_std_mm")
             right = left + width - 22
             spread = "" if std is None else f" ± {std:.2f}"
             number = "-" if value is None else _signed(value, 2)
-            end = self._text((right, top + self.card / 2), " mm", 17, _QUIET, anchor="rm")
+            end = self.text((right, top + self.card / 2), " mm", 17, QUIET, anchor="rm")
             if value is not None and spread:
-                end = self._text((end, top + self.card / 2), spread, 19, _QUIET, anchor="rm")
-            self._text((end - 2, top + self.card / 2), number, 40, _INK, anchor="rm")
+                end = self.text((end, top + self.card / 2), spread, 19, QUIET, anchor="rm")
+            self.text((end - 2, top + self.card / 2), number, 40, INK, anchor="rm")
 
     def _place(self, gaze: str, x_mm: float, y_mm: float) -> tuple[float, float]:
         x = self.left[gaze] + PANEL_PX / 2 + x_mm * self.px_per_mm
@@ -280,58 +271,23 @@ class _Sheet:
 
     def _tag(self, at: tuple[float, float], text: str, colour: tuple, anchor: str) -> None:
         """Text on a dark label, readable on any skin."""
-        box = self.pen.textbbox(_up(at), text, font=_font(16), anchor=anchor)
-        pad_x, pad_y = 7 * _OVERSAMPLE, 5 * _OVERSAMPLE
+        box = self.pen.textbbox(up(at), text, font=font(16), anchor=anchor)
+        pad_x, pad_y = 7 * OVERSAMPLE, 5 * OVERSAMPLE
         around = (box[0] - pad_x, box[1] - pad_y, box[2] + pad_x, box[3] + pad_y)
-        self.pen.rounded_rectangle(around, 6 * _OVERSAMPLE, (16, 20, 26, 205))
-        self.pen.text(_up(at), text, font=_font(16), fill=colour, anchor=anchor)
-
-    def _text(
-        self, at: tuple[float, float], text: str, size: int, ink: tuple, anchor: str = "la"
-    ) -> float:
-        """Write text; returns its left edge."""
-        self.pen.text(_up(at), text, font=_font(size), fill=ink, anchor=anchor)
-        box = self.pen.textbbox(_up(at), text, font=_font(size), anchor=anchor)
-        return box[0] / _OVERSAMPLE
-
-    def _line(self, points: list[tuple[float, float]], ink: tuple, width: float) -> None:
-        self.pen.line([_up(point) for point in points], ink, max(1, round(width * _OVERSAMPLE)))
+        self.pen.rounded_rectangle(around, 6 * OVERSAMPLE, (16, 20, 26, 205))
+        self.pen.text(up(at), text, font=font(16), fill=colour, anchor=anchor)
 
     def _dashed(self, start: tuple[float, float], end: tuple[float, float]) -> None:
         x, y = start
         while x < end[0]:
-            self._line([(x, y), (min(x + 5, end[0]), y)], (255, 255, 255, 190), 1.4)
+            self.line([(x, y), (min(x + 5, end[0]), y)], (255, 255, 255, 190), 1.4)
             x += 10
 
     def _ring(self, x: float, y: float, radius: float, ink: tuple, width: float) -> None:
-        box = [*_up((x - radius, y - radius)), *_up((x + radius, y + radius))]
-        self.pen.ellipse(box, outline=ink, width=round(width * _OVERSAMPLE))
-
-    def _box(self, box: tuple, fill: tuple, outline: tuple, radius: float = 10) -> None:
-        scaled = [value * _OVERSAMPLE for value in box]
-        self.pen.rounded_rectangle(scaled, radius * _OVERSAMPLE, fill, outline, _OVERSAMPLE)
+        box = [*up((x - radius, y - radius)), *up((x + radius, y + radius))]
+        self.pen.ellipse(box, outline=ink, width=round(width * OVERSAMPLE))
 
 
 def _signed(value: float, digits: int) -> str:
     # Not "-0.0".
     return f"{value:.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
-
-
-def _wrapped(text: str, width: float) -> list[str]:
-    """Break text at spaces into lines at most ``width`` final pixels wide."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and _font(15).getlength(longer) > width * _OVERSAMPLE:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
-
-
-def _up(point: tuple[float, float]) -> tuple[float, float]:
-    return point[0] * _OVERSAMPLE, point[1] * _OVERSAMPLE
-
-
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size * _OVERSAMPLE)
