@@ -81,7 +81,10 @@ def top_down(levels: Sequence[Tensor]) -> list[Tensor]:
                 f"{fine[0]}×{fine[1]}; each must be half of the one before, rounded up"
             )
         above = F.interpolate(sums[index + 1], scale_factor=2.0, mode="nearest")
-        sums[index] = sums[index] + above[..., : fine[0], : fine[1]]
+        for dim, size in zip((-2, -1), fine, strict=True):
+            # Not where nothing is cut off: Core ML's converter refuses slices that take all.
+            above = above.narrow(dim, 0, size) if above.shape[dim] != size else above
+        sums[index] = sums[index] + above
     return sums
 
 
