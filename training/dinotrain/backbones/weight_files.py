@@ -102,14 +102,15 @@ def _read_file(path: Path) -> tuple[Any, dict[str, str]]:
         raise WeightsError("the file is empty; fetch it again")
     with path.open("rb") as file:
         start = file.read(9)
-    if start.startswith(b"PK\x03\x04") or start[:1] == b"\x80":
-        return _read_torch(path, mmap=start.startswith(b"PK")), {}
+    # First of all: a header of 128 bytes (mod 256) begins as a pickle does.
     if (
         len(start) == 9
         and start[8:] == b"{"
         and int.from_bytes(start[:8], "little") < MAX_HEADER_BYTES
     ):
         return _read_safetensors(path)
+    if start.startswith(b"PK\x03\x04") or start[:1] == b"\x80":
+        return _read_torch(path, mmap=start.startswith(b"PK")), {}
     raise WeightsError(
         f"neither a PyTorch nor a safetensors file (it begins with {start!r}). Give {ACCEPTED}."
     )
