@@ -6,12 +6,12 @@ verified before needs no network.
 
 import hashlib
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
-from dinotrain.backbones.vit import VARIANTS
 from dinotrain.errors import DownloadError, UsageError, unknown_name
 
 FILE = "model.safetensors"
@@ -25,7 +25,7 @@ REPOSITORIES: dict[str, str] = {
     for suffix, middle in (("", ""), ("_reg", "with-registers-"))
     for letter, size in _SIZES.items()
 }
-"""Hub name → repository."""
+"""Hub name → repository of DINOv2; those of ``convnets`` are in ``convnets/published.py``."""
 
 
 class Verified(msgspec.Struct, frozen=True):
@@ -36,7 +36,13 @@ class Verified(msgspec.Struct, frozen=True):
     mtime_ns: int
 
 
-def fetch(source: str, *, cache_dir: str | Path | None = None, endpoint: str | None = None) -> Path:
+def fetch(
+    source: str,
+    *,
+    repositories: Mapping[str, str] = REPOSITORIES,
+    cache_dir: str | Path | None = None,
+    endpoint: str | None = None,
+) -> Path:
     """Return the local file of a published backbone, downloading it at first use.
 
     A dropped connection resumes where it broke off; a killed program starts anew. The library
@@ -45,6 +51,7 @@ def fetch(source: str, *, cache_dir: str | Path | None = None, endpoint: str | N
 
     Args:
         source: a hub name, optionally pinned: ``dinov2_vits14@sha256:<64 hex digits>``.
+        repositories: hub name → repository; DINOv2's unless given.
         cache_dir: Hugging Face's own cache unless given.
         endpoint: the hub's address; ``HF_ENDPOINT`` or the library's default unless given.
 
@@ -55,8 +62,8 @@ def fetch(source: str, *, cache_dir: str | Path | None = None, endpoint: str | N
     """
     from huggingface_hub import try_to_load_from_cache
 
-    name, pin = _parse(source)
-    repository = REPOSITORIES[name]
+    name, pin = _parse(source, repositories)
+    repository = repositories[name]
     cached = try_to_load_from_cache(repository, FILE, cache_dir=cache_dir)
     if isinstance(cached, str):
         path = Path(cached)
@@ -71,10 +78,10 @@ def fetch(source: str, *, cache_dir: str | Path | None = None, endpoint: str | N
     return path
 
 
-def _parse(source: str) -> tuple[str, str | None]:
+def _parse(source: str, repositories: Mapping[str, str]) -> tuple[str, str | None]:
     name, at, pin = source.partition("@")
-    if name not in REPOSITORIES:
-        raise unknown_name("backbone", name, VARIANTS)
+    if name not in repositories:
+        raise unknown_name("backbone", name, repositories)
     if not at:
         return name, None
     digest = pin.removeprefix("sha256:").lower()

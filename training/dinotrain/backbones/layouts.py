@@ -479,7 +479,7 @@ def _check_shapes(
         if key not in ours and set(found) <= set(leftover)
     ]
     problems = [
-        f"{kind} {_few(found)}"
+        f"{kind} {few(found)}"
         for kind, found in (("missing", missing), ("unexpected", unexpected), ("shape", shapes))
         if found
     ]
@@ -487,6 +487,7 @@ def _check_shapes(
         raise WeightsError(f"its keys do not match {config.name}: {'; '.join(problems)}")
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
+    """Name the first few, and count the others."""
     more = f" and {len(names) - FIRST_NAMES} more" if len(names) > FIRST_NAMES else ""
     return ", ".join(names[:FIRST_NAMES]) + more
