@@ -4,7 +4,7 @@ First stage of every flow. Files come from outside: nothing in them is executed,
 to its architecture, key by key, before a model sees it. Source: METHODS A1, A3, A4.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class _HFConfig(msgspec.Struct):
 
 
 def load_backbone(
-    source: str | Path,
+    source: str | Path | Contents,
     image_size: int | tuple[int, int] | None = None,
     *,
     position_rule: PositionRule | None = None,
@@ -75,7 +75,7 @@ def load_backbone(
 
     Args:
         source: a hub name such as ``dinov2_vits14`` (optionally ``@sha256:<hex>``), a weights
-            file, or a Hugging Face folder. A path that exists wins over a name.
+            file, a Hugging Face folder, or one that is open. A path that exists wins over a name.
         image_size: height and width in pixels that the model is meant for, only checked here: the
             model accepts every multiple of its patch size.
         position_rule: how position embeddings are resampled; by default the rule of the library
@@ -91,7 +91,7 @@ def load_backbone(
     Source: METHODS A3, A4.
     """
     rule = check_rule(position_rule) if position_rule is not None else None
-    name = _hub_name(source)
+    name = None if isinstance(source, Contents) else hub_name(source)
     if name is None:
         weights = read_weights(source)
     else:
@@ -131,7 +131,7 @@ def check_image_size(image_size: int | tuple[int, int] | None, patch_size: int) 
         )
 
 
-def read_weights(source: str | Path) -> BackboneWeights:
+def read_weights(source: str | Path | Contents) -> BackboneWeights:
     """Read backbone weights from a file or a Hugging Face folder, in any published layout.
 
     Returns:
@@ -141,11 +141,7 @@ def read_weights(source: str | Path) -> BackboneWeights:
     Raises:
         WeightsError: one line that begins with the path.
     """
-    return interpret(open_weights(source))
-
-
-def interpret(contents: Contents) -> BackboneWeights:
-    """Give the tensors of an opened file their meaning; see ``read_weights``."""
+    contents = source if isinstance(source, Contents) else open_weights(source)
     with naming(contents.source):
         declared, loaded = _declared(contents.metadata, contents.loaded)
         state, training = unwrap(loaded)
@@ -175,17 +171,21 @@ def save_backbone(model: VisionTransformer, path: str | Path) -> None:
     save_weights(model, model.config, path)
 
 
-def _hub_name(source: str | Path) -> str | None:
-    """Return the variant that ``source`` names, None for a path; unknown names are an error."""
+def hub_name(source: str | Path, known: Collection[str] = VARIANTS) -> str | None:
+    """Return the backbone of ``known`` that ``source`` names, None for a path.
+
+    Raises:
+        UsageError: it is neither.
+    """
     if isinstance(source, Path) or Path(source).exists():
         return None
     name = source.partition("@")[0]
-    if name in VARIANTS:
+    if name in known:
         return name
     looks_like_path = any(mark in source for mark in ("/", "\\", "~")) or Path(source).suffix
     if looks_like_path:
         return None
-    raise unknown_name("backbone", name, VARIANTS)
+    raise unknown_name("backbone", name, known)
 
 
 def _named_weights(source: str, name: str) -> BackboneWeights:
