@@ -9,6 +9,11 @@ EMBEDDED = {"eyelid": "eyelid-vitti14_eyes-224.safetensors"}
 """Task → file in ``assets``."""
 
 
+def embedded_backbone() -> Path:
+    """Return a checkpoint whose backbone any task may be trained on."""
+    return _asset(next(iter(EMBEDDED.values())))
+
+
 def embedded_checkpoint(task: str) -> Path:
     """Return the embedded checkpoint of a task.
 
@@ -19,4 +24,8 @@ def embedded_checkpoint(task: str) -> Path:
         raise CheckpointError(
             f"no checkpoint for task {task} ships with dinoexport. Give one with --checkpoint FILE."
         )
-    return Path(str(files("dinoexport") / "assets" / EMBEDDED[task]))
+    return _asset(EMBEDDED[task])
+
+
+def _asset(name: str) -> Path:
+    return Path(str(files("dinoexport") / "assets" / name))

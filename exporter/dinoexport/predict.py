@@ -91,7 +91,8 @@ def predict_files(
     )
     if picture:
         caption = " · ".join(filter(None, (bundle.manifest.name, bundle.manifest.notice)))
-        drawn = get_task(bundle.manifest.task).draw(images, values, caption)
+        task, classes = get_task(bundle.manifest.task), bundle.manifest.class_names
+        drawn = task.draw(images, values, caption, classes)
         _save(drawn, picture)
     return prediction
 

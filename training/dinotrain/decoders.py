@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from dinotrain.encoding import Decoder, Encoding
 from dinotrain.tasks.base import TargetSpec
@@ -40,3 +41,27 @@ class MeasureDecoder(Decoder):
             return outputs
         std = ((values - mean.unsqueeze(1)) ** 2).mean(dim=1).sqrt()
         return outputs | {spec.std_name: std[:, i] for i, spec in enumerate(self.targets)}
+
+
+class ProbabilityDecoder(nn.Module):
+    """Probabilities of exclusive classes: the mean over members of their softmax.
+
+    Source: METHODS B6 (mixture of the members), D.
+    """
+
+    def forward(self, logits: Tensor) -> dict[str, Tensor]:
+        """Decode.
+
+        Args:
+            logits: (B, members, 1, classes).
+
+        Returns:
+            ``probabilities`` (B, classes) float32; of an ensemble also ``probabilities_std``, the
+            population standard deviation over members.
+        """
+        members = torch.softmax(logits[:, :, 0].float(), dim=-1)
+        mean = members.mean(dim=1)
+        if logits.shape[1] == 1:
+            return {"probabilities": mean}
+        spread = ((members - mean.unsqueeze(1)) ** 2).mean(dim=1).sqrt()
+        return {"probabilities": mean, "probabilities_std": spread}

@@ -39,6 +39,7 @@ from dinotrain.training_state import (
 
 EVALUATION_BATCH = 64
 SYNTHETIC_NOTICE = "Trained on synthetic images only: its figures say nothing about people."
+SYNTHETIC_BACKBONE_NOTICE = "Its backbone was trained on synthetic images only."
 
 Values = NDArray[np.float64]
 
@@ -125,7 +126,9 @@ def evaluate(
         "synthetic": chosen.synthetic,
         "dataset_fingerprint": dataset.fingerprint,
         "seen_in_training": dataset.fingerprint == config.dataset_fingerprint and split != "test",
-        "targets": model.task.evaluate(predicted, chosen.labels(model.task.labels), reference),
+        "targets": model.task.evaluate(
+            predicted, chosen.labels(model.task.labels), reference, config.classes
+        ),
     }
 
 
@@ -357,9 +360,11 @@ def _describe(config: TrainConfig, run: _Run) -> CheckpointConfig:
         part = dataset.split(name)  # type: ignore[arg-type]
         if part.samples:
             predicted = predict(model, run.store, part.samples)
-            metrics[name] = model.task.evaluate(predicted, part.labels(labels), reference)
+            true = part.labels(labels)
+            metrics[name] = model.task.evaluate(predicted, true, reference, dataset.classes)
     source, synthetic_backbone = _backbone_source(config)
-    synthetic = dataset.synthetic or synthetic_backbone
+    origin = SYNTHETIC_BACKBONE_NOTICE if synthetic_backbone else ""
+    origin = SYNTHETIC_NOTICE if dataset.synthetic else origin
     plain = {name: getattr(model.config, name) for name in ModelConfig.__struct_fields__}
     return CheckpointConfig(
         **plain,
@@ -367,7 +372,7 @@ def _describe(config: TrainConfig, run: _Run) -> CheckpointConfig:
         window_mm=model.task.window_mm,
         orientation=model.task.orientation,
         trained_on=f"{_data_source(dataset)}; backbone: {source}",
-        notice=" ".join(filter(None, (SYNTHETIC_NOTICE if synthetic else "", model.task.notice))),
+        notice=" ".join(filter(None, (origin, model.task.notice))),
         dataset_fingerprint=dataset.fingerprint,
         metrics=metrics,
         training=config.recipe()
@@ -414,7 +419,8 @@ def _backbone_source(config: TrainConfig) -> tuple[str, bool]:
             return path.name, False
         # The head's data are not the backbone's: only what follows "backbone: " counts.
         origin = header.trained_on.rpartition("; backbone: ")[2] or header.backbone.name
-        return origin, SYNTHETIC_NOTICE in header.notice
+        notices = (SYNTHETIC_NOTICE, SYNTHETIC_BACKBONE_NOTICE)
+        return origin, any(notice in header.notice for notice in notices)
     name = config.backbone if config.backbone.partition("@")[0] in VARIANTS else path.name
     note = f"{name} ({config.backbone_note})" if config.backbone_note else name
     return note, "synthetic" in config.backbone_note

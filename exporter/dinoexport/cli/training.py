@@ -7,7 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from dinoexport.cli.app import ImageSize, Json, Seed, TaskName, app
-from dinoexport.cli.output import check_file, check_folder, one_of, parse_size, print_json
+from dinoexport.cli.output import (
+    check_file,
+    check_folder,
+    one_line,
+    one_of,
+    parse_size,
+    print_json,
+)
 from dinotrain.errors import UsageError, unknown_name
 
 data_app = typer.Typer(
@@ -23,9 +30,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 @data_app.command("synth")
 def synth(
-    out: Annotated[Path, typer.Option(help="Folder for manifest.csv and images.")],
+    out: Annotated[Path, typer.Option(help="Folder for the images and their labels.")],
     task: TaskName = "eyelid",
-    count: Annotated[int, typer.Option(min=1, help="How many eyes.")] = 100,
+    count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 100,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -63,19 +70,24 @@ def check(
         "samples": len(dataset.samples),
         "subjects": len({s.subject_id for s in dataset.samples}),
         "splits": splits,
+        "classes": dataset.class_counts(),
         "fingerprint": dataset.fingerprint,
     }
     if json:
         print_json(facts)
         return
-    facts["splits"] = ", ".join(f"{name} {count}" for name, count in splits.items())
+    for key in ("splits", "classes"):
+        facts[key] = ", ".join(f"{name} {count}" for name, count in facts[key].items())
     for key, value in facts.items():
-        typer.echo(f"{key:12} {value}")
+        if value:
+            typer.echo(f"{key:12} {one_line(str(value))}")
 
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Option(help="What the task's reader reads: eyes.csv.")],
+    data: Annotated[
+        Path, typer.Option(help="What the task reads: eyes.csv, or a folder per class.")
+    ],
     out: Annotated[Path, typer.Option(help="The checkpoint to write (.safetensors).")],
     task: TaskName = "eyelid",
     backbone: Annotated[
@@ -95,7 +107,10 @@ def train(
     bits: Annotated[int, typer.Option(help="Bits per target, 1 to 24.")] = 8,
     decoding: Annotated[str, typer.Option(help="soft or hard.")] = "soft",
     loss: Annotated[
-        str, typer.Option(help="bce, focal, or mse for scalar; by encoding if left out.")
+        str,
+        typer.Option(
+            help="bce, focal, mse for scalar, cross_entropy for classes; the task's if left out."
+        ),
     ] = "",
     gamma: Annotated[float, typer.Option(help="Of the focal loss.")] = 2.0,
     or_lambda: Annotated[
@@ -129,7 +144,7 @@ def train(
     from dinotrain.train_config import TrainConfig
 
     check_file(out, ".safetensors")
-    source = _resolve_backbone(backbone, task)
+    source = _resolve_backbone(backbone)
     encoding = one_of("encoding", encoding, ("plain", "gray", "scalar"))
     config = TrainConfig(
         task=task,
@@ -153,9 +168,7 @@ def train(
             bits=bits,
             decoding=one_of("decoding", decoding, ("soft", "hard")),
         ),
-        loss=one_of(
-            "loss", loss or ("mse" if encoding == "scalar" else "bce"), ("bce", "focal", "mse")
-        ),
+        loss=one_of("loss", loss, ("bce", "focal", "mse", "cross_entropy")) if loss else "",
         gamma=gamma,
         or_lambda=or_lambda,
         optimizer=one_of("optimizer", optimizer, ("adam", "adamw")),
@@ -219,24 +232,37 @@ def evaluate(
 
 
 def _print_metrics(title: str, targets: dict[str, Any]) -> None:
-    """Print one column per output, one row per figure, those of the mean predictor below."""
-    rows: dict[str, dict[str, str]] = {}
-    for output, metrics in targets.items():
-        mean = metrics.get("mean_predictor") or {}
-        figures = {k: v for k, v in metrics.items() if k != "mean_predictor"}
-        for label, value in [*figures.items(), *((f"mean predictor: {k}", mean[k]) for k in mean)]:
-            shown = f"{value:.4g}" if isinstance(value, int | float) else "–"
-            rows.setdefault(label, {})[output] = shown
+    """Print one column per output, one row per figure; those of a baseline stand below."""
+    columns = {output: _figures(metrics) for output, metrics in targets.items()}
+    rows = list(dict.fromkeys(label for figures in columns.values() for label in figures))
     # What a model must beat stands last, whichever output brought it in first.
-    ordered = sorted(rows, key=lambda label: label.startswith("mean predictor"))
+    rows.sort(key=lambda label: ":" in label)
     width = max(map(len, ["", title, *rows]))
-    typer.echo(f"{title:{width}}" + "".join(f"{output:>12}" for output in targets))
-    for label in ordered:
-        cells = "".join(f"{rows[label].get(output, ''):>12}" for output in targets)
+    typer.echo(f"{title:{width}}" + "".join(f"{output:>15}" for output in columns))
+    for label in rows:
+        cells = "".join(f"{figures.get(label, ''):>15}" for figures in columns.values())
         typer.echo(f"{label:{width}}{cells}")
 
 
-def _resolve_backbone(name: str, task: str) -> str:
+def _figures(metrics: dict[str, Any]) -> dict[str, str]:
+    """Flatten metrics to {label: text}; tables within them are for --json."""
+    found = {}
+    for key, value in metrics.items():
+        if isinstance(value, dict):
+            inner = _figures(value)
+            found |= {f"{key.replace('_', ' ')}: {one_line(k)}": v for k, v in inner.items()}
+        elif not isinstance(value, list):
+            found[key] = _figure(value)
+    return found
+
+
+def _figure(value: Any) -> str:
+    if value is None:
+        return "–"
+    return one_line(value) if isinstance(value, str) else f"{value:.4g}"
+
+
+def _resolve_backbone(name: str) -> str:
     from dinotrain.backbones.vit import VARIANTS
 
     known = [*VARIANTS, "embedded"]
@@ -245,9 +271,9 @@ def _resolve_backbone(name: str, task: str) -> str:
         raise unknown_name("backbone", name, known)
     if name != "embedded":
         return name
-    from dinoexport.embedded import embedded_checkpoint
+    from dinoexport.embedded import embedded_backbone
 
-    return str(embedded_checkpoint(task))
+    return str(embedded_backbone())
 
 
 def _parse_taps(text: str) -> tuple[int, ...]:

@@ -5,6 +5,10 @@ from collections.abc import Mapping, Sequence
 from dinoexport.manifest import Blame, OutputParity, TapParity
 
 NOTABLE_DROP_DB = 3.0
+_HEAD = {
+    "structure": "the fault is in the head or the decoder",
+    "precision": "the head enlarges what the shipped precision rounds. Build with --precision fp32",
+}
 
 
 def blame_structure(
@@ -92,6 +96,6 @@ def _blame_head(
         previous_db=previous_db,
         message=(
             f"all taps hold, and {name} is off by {worst.max_error:g} {worst.unit} where "
-            f"{worst.budget:g} is allowed: the fault is in the head or the decoder"
+            f"{worst.budget:g} is allowed: {_HEAD[gate]}"
         ),
     )

@@ -77,6 +77,11 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True):
         rows = [[sample.values.get(name, math.nan) for name in targets] for sample in self.samples]
         return np.array(rows, dtype=np.float64).reshape(len(rows), len(targets))
 
+    def class_counts(self) -> dict[str, int]:
+        """Samples per class, {name: count}; empty where samples have no classes."""
+        found = [sample.values.get("class", math.nan) for sample in self.samples]
+        return {name: found.count(float(index)) for index, name in enumerate(self.classes)}
+
     def label_step(self) -> float | None:
         """Return the coarsest step of any label, or None where no sample names one."""
         steps = [sample.label_step for sample in self.samples if sample.label_step is not None]

@@ -7,7 +7,6 @@ without shows the window already. Left eyes are mirrored to right orientation. S
 
 import csv
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterable
@@ -27,6 +26,7 @@ from dinotrain.data.dataset import (
     fingerprint,
 )
 from dinotrain.data.images import MIN_SIDE_PX, check_image
+from dinotrain.data.origin import read_origin
 from dinotrain.errors import DataError
 from dinotrain.tasks.base import TargetSpec
 
@@ -105,7 +105,7 @@ def read_manifest(
         raise DataError(
             f"{file}: no row is in the split 'train'. Name train rows, or leave the column blank."
         )
-    source, synthetic = _origin(file.parent)
+    source, synthetic = read_origin(file.parent)
     return Dataset(
         samples=samples,
         image_size=image_size,
@@ -377,16 +377,3 @@ def _group(rows: list[_Row], seed: int, targets: list[str]) -> tuple[Sample, ...
             )
         )
     return tuple(samples)
-
-
-def _origin(folder: Path) -> tuple[str, bool]:
-    """Return what ``dataset.json`` beside the manifest says, as synthetic generators write it."""
-    stamp = folder / "dataset.json"
-    try:
-        facts = json.loads(stamp.read_bytes()) if stamp.is_file() else {}
-        generator = facts.get("generator")
-    except (ValueError, AttributeError, OSError):
-        return "", False
-    if not generator:
-        return "", False
-    return f"synthetic ({generator}, seed {facts.get('seed')})", True

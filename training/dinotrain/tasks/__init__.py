@@ -7,6 +7,7 @@ from dinotrain.tasks.base import Task
 
 TABLE = {
     "eyelid": "dinotrain.tasks.eyelid:EyelidTask",
+    "classify": "dinotrain.tasks.classify:ClassifyTask",
 }
 """Task name → class, imported when it is asked for."""
 

@@ -149,17 +149,28 @@ class Task(ABC):
         """Return the outputs of one number that labels {label: value} stand for."""
 
     @abstractmethod
-    def evaluate(self, predicted: "np.ndarray", true: "np.ndarray", reference: "np.ndarray") -> Any:
+    def evaluate(
+        self,
+        predicted: "np.ndarray",
+        true: "np.ndarray",
+        reference: "np.ndarray",
+        classes: tuple[str, ...] = (),
+    ) -> Any:
         """Metrics per output of predictions; NaN marks a missing label.
 
         Args:
             predicted: (n, …), what ``collect`` gives.
             true: (n, labels).
             reference: (m, labels), labels that were trained on: what a model must beat.
+            classes: names, where the task has classes.
         """
 
     @abstractmethod
     def draw(
-        self, images: "dict[str, np.ndarray]", outputs: dict[str, Any], caption: str
+        self,
+        images: "dict[str, np.ndarray]",
+        outputs: dict[str, Any],
+        caption: str,
+        classes: tuple[str, ...] = (),
     ) -> "Image":
         """Draw the outputs (arrays or plain numbers) on the pictures that they come from."""

@@ -150,14 +150,24 @@ class EyelidTask(Task):
         """Return the distances under their outputs' names."""
         return {t.output_name: values[t.name] for t in self.targets if t.name in values}
 
-    def evaluate(self, predicted: "np.ndarray", true: "np.ndarray", reference: "np.ndarray") -> Any:
+    def evaluate(
+        self,
+        predicted: "np.ndarray",
+        true: "np.ndarray",
+        reference: "np.ndarray",
+        classes: tuple[str, ...] = (),
+    ) -> Any:
         """Metrics of METHODS B8 per target, with the mean-predictor row."""
         from dinotrain.metrics.regression import evaluate_targets
 
         return evaluate_targets(predicted, true, reference, self.targets)
 
     def draw(
-        self, images: "dict[str, np.ndarray]", outputs: dict[str, Any], caption: str
+        self,
+        images: "dict[str, np.ndarray]",
+        outputs: dict[str, Any],
+        caption: str,
+        classes: tuple[str, ...] = (),
     ) -> "Image":
         """Draw MRD1 and MRD2 as brackets from the light reflex, LF beside the two gazes."""
         import numpy as np

@@ -14,11 +14,11 @@ from typing import Literal
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from dinotrain.data.synthetic.anatomy import GAZES, Gaze, canthi, draw_anatomy, draw_look
+from dinotrain.data.synthetic.folder import claim, replace, save_png
 from dinotrain.data.synthetic.paint import canvas, draw_texture, paint
-from dinotrain.errors import DataError, UsageError
+from dinotrain.errors import UsageError
 
 __all__ = ["COLUMNS", "GAZES", "MIN_SIDE_PX", "EyeSample", "Gaze", "render_eye", "write_dataset"]
 
@@ -205,9 +205,7 @@ def write_dataset(
     if count < 1 or seed < 0:
         raise UsageError(f"count {count} and seed {seed}: count must be 1 or more, seed 0 or more")
     manifest = out / "manifest.csv"
-    stamp = out / "dataset.json"
-    identity = msgspec.json.encode({"generator": "dinotrain eyes 1", "count": count, "seed": seed})
-    _claim(out, stamp, identity)
+    claim(out, generator="dinotrain eyes 1", count=count, seed=seed)
     owners = [_owner(seed, index) for index in range(count)]
     split = _splits(seed, sorted({subject for subject, _ in owners}))
     rows: list[tuple[object, ...]] = []
@@ -216,7 +214,7 @@ def write_dataset(
         sample = render_eye(seed, index, size, field_mm)
         for gaze in GAZES:
             name = f"images/{sample.subject_id}_{side}_{gaze}.png"
-            _save_png(sample.images[gaze], out / name)
+            save_png(sample.images[gaze], out / name)
             labels = (f"{v:.4f}" for v in (sample.mrd1_mm, sample.mrd2_mm, sample.lf_mm))
             scale = f"{sample.px_per_mm:.6f}"
             rows.append((sample.subject_id, side, gaze, name, *labels, scale, "", split[subject]))
@@ -226,31 +224,5 @@ def write_dataset(
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     writer.writerows(rows)
-    _replace(manifest, text.getvalue().encode())
+    replace(manifest, text.getvalue().encode())
     return manifest
-
-
-def _claim(out: Path, stamp: Path, identity: bytes) -> None:
-    """Make the folder ours, or raise DataError when it holds anything else."""
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file. Give a folder to write the dataset to.")
-    ours = stamp.is_file() and stamp.read_bytes() == identity
-    if out.is_dir() and any(out.iterdir()) and not ours:
-        raise DataError(
-            f"{out} is not empty and does not hold this dataset (other files, count or seed). "
-            "Give a new or empty folder."
-        )
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    _replace(stamp, identity)
-
-
-def _save_png(image: NDArray[np.uint8], path: Path) -> None:
-    data = io.BytesIO()
-    Image.fromarray(image).save(data, "PNG", compress_level=4)
-    _replace(path, data.getvalue())
-
-
-def _replace(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)

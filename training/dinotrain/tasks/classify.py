@@ -1,0 +1,149 @@
+"""Image classification: one photograph, exclusive classes, a probability for each.
+
+Source: METHODS D.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, final
+
+from dinotrain.errors import DataError
+from dinotrain.tasks.base import OutputSpec, Task, TaskInput
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from dinotrain.data.dataset import Dataset
+    from dinotrain.decoders import ProbabilityDecoder
+    from dinotrain.heads.branch import BranchHead
+    from dinotrain.model import ModelConfig, TaskModel
+    from dinotrain.objectives.classes import ClassObjective
+    from dinotrain.train_config import TrainConfig
+
+SAMPLE_SEED = 20260202
+SPREAD = "probabilities_std"
+
+
+@final
+class ClassifyTask(Task):
+    """Which class a photograph shows; the classes come from the data."""
+
+    name = "classify"
+    summary = "probabilities of the classes that the training data name, from one photograph"
+    inputs = (TaskInput("image", "the photograph"),)
+    labels = ("class",)
+    budgets = {"fp32": 0.0001, "fp16": 0.02}  # noqa: RUF012
+    error_unit = "probability"
+
+    def outputs(self, config: "ModelConfig") -> tuple[OutputSpec, ...]:
+        """Return the probabilities, and of an ensemble how far its members disagree."""
+        texts = {"probabilities": f"probability of each class: {', '.join(config.classes)}"}
+        if config.head.count > 1:
+            texts[SPREAD] = "standard deviation between ensemble members of probabilities"
+        shape = (1, len(config.classes))
+        return tuple(
+            OutputSpec(name=n, unit="probability", shape=shape, dtype="float32", description=text)
+            for n, text in texts.items()
+        )
+
+    def preprocessing(self, image_size: tuple[int, int], window_mm: float) -> str:
+        """Crop to the aspect, resize."""
+        height, width = image_size
+        return (
+            f"cut the largest centred part of aspect {width}:{height}, resize to {width}×{height} "
+            "pixels (bicubic, antialiased), 8-bit RGB"
+        )
+
+    def build_head(self, config: "ModelConfig", width: int) -> "BranchHead":
+        """One logit per class."""
+        from dinotrain.heads.branch import BranchHead, BranchSpec
+
+        if len(config.classes) < 2:
+            raise DataError(f"{len(config.classes)} classes; a classifier has two or more")
+        return BranchHead([BranchSpec("classes", width, 1)], len(config.classes), config.head)
+
+    def build_decoder(self, config: "ModelConfig") -> "ProbabilityDecoder":
+        """Softmax."""
+        from dinotrain.decoders import ProbabilityDecoder
+
+        return ProbabilityDecoder()
+
+    def combine(self, features: "dict[str, Tensor]") -> "dict[str, Tensor]":
+        """The head reads the features of the one photograph."""
+        return {"classes": features["image"]}
+
+    def collect(self, outputs: "dict[str, Tensor]") -> "Tensor":
+        """(B, classes), probabilities."""
+        return outputs["probabilities"]
+
+    def choose_loss(self, config: "TrainConfig") -> str:
+        """Cross-entropy."""
+        from dinotrain.objectives.classes import choose_loss
+
+        return choose_loss(config)
+
+    def objective(self, config: "TrainConfig", model: "TaskModel") -> "ClassObjective":
+        """Cross-entropy of the classes."""
+        from dinotrain.objectives.classes import ClassObjective
+
+        return ClassObjective(cast("BranchHead", model.head), model.config.classes)
+
+    def read(self, path: Path, *, image_size: tuple[int, int], seed: int = 0) -> "Dataset":
+        """Read a folder per class (METHODS D)."""
+        from dinotrain.data.class_folder import read_class_folder
+
+        return read_class_folder(path, image_size=image_size, seed=seed)
+
+    def synthesise(
+        self, count: int, seed: int, out: Path, progress: Callable[[int, int], None] | None = None
+    ) -> Path:
+        """Render eyes into a folder per gaze."""
+        from dinotrain.data.synthetic.gazes import write_dataset
+
+        return write_dataset(count, seed, out, progress)
+
+    def render_samples(
+        self, count: int, image_size: tuple[int, int]
+    ) -> "list[dict[str, np.ndarray]]":
+        """Rendered eyes of a fixed seed."""
+        from dinotrain.data.images import fit_image
+        from dinotrain.data.synthetic.eyes import MIN_SIDE_PX
+        from dinotrain.data.synthetic.gazes import render_gaze
+
+        side = max(MIN_SIDE_PX, *image_size)
+        images = (render_gaze(SAMPLE_SEED, index, side)[0] for index in range(count))
+        return [{"image": fit_image(image, image_size)} for image in images]
+
+    def expected(self, values: dict[str, float]) -> dict[str, float]:
+        """Return nothing: no output is one number."""
+        return {}
+
+    def evaluate(
+        self,
+        predicted: "np.ndarray",
+        true: "np.ndarray",
+        reference: "np.ndarray",
+        classes: tuple[str, ...] = (),
+    ) -> Any:
+        """Accuracy and its kin, with the row of the majority class."""
+        import numpy as np
+
+        from dinotrain.metrics.classification import evaluate_classes
+
+        seen = reference[np.isfinite(reference)].astype(int)
+        majority = int(np.bincount(seen).argmax()) if seen.size else 0
+        return {"probabilities": evaluate_classes(predicted, true[:, 0], majority, classes)}
+
+    def draw(
+        self,
+        images: "dict[str, np.ndarray]",
+        outputs: dict[str, Any],
+        caption: str,
+        classes: tuple[str, ...] = (),
+    ) -> "Image":
+        """Draw the photograph beside bars of the most probable classes."""
+        from dinotrain.tasks.classify_drawing import draw_classes
+
+        return draw_classes(images["image"], outputs, caption, classes)
