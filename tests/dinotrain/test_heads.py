@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from dinotrain.backbones.vit import VisionTransformer, ViTConfig, init_weights_
 from dinotrain.errors import UsageError
 from dinotrain.heads.branch import BranchHead, BranchSpec, HeadConfig
-from dinotrain.heads.pool import ClsMeanPool, FeatureConfig, LateralPyramid, build_pool
+from dinotrain.heads.pool import ClsPool, FeatureConfig, LateralPyramid, build_pool
 
 TINY = ViTConfig(name="tiny", embed_dim=16, depth=4, heads=2, ffn_dim=32, grid=(3, 3))
 BRANCHES = [BranchSpec("mrd", 6, 2), BranchSpec("lf", 9, 1)]
@@ -54,7 +54,7 @@ def test_an_ensemble_of_one_is_refused():
 
 def test_cls_mean_is_cls_and_the_mean_patch(backbone):
     images = torch.randn(2, 3, 42, 42)
-    found = ClsMeanPool(TINY).extract(backbone, images)
+    found = ClsPool(TINY).extract(backbone, images)
     tokens = backbone.norm(
         backbone.blocks[3](
             backbone.blocks[2](backbone.blocks[1](backbone.blocks[0](backbone.tokens(images))))

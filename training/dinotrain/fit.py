@@ -174,10 +174,7 @@ class _Run:
         self.file = state_path(config.out)
         objective.start_(self.labels)
         self.parameters = _trained(model)
-        adam = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-        self.optimizer = adam(
-            self.parameters.values(), lr=config.lr, weight_decay=config.weight_decay
-        )
+        self.optimizer = _optimizer(config, self.parameters)
         identity = config.recipe() | {
             "data": dataset.fingerprint,
             "backbone": store.backbone_digest,
@@ -279,6 +276,8 @@ class _Run:
         factor = 1.0
         if self.config.schedule == "cosine":
             factor = 0.5 * (1 + math.cos(math.pi * step / steps))
+        if self.config.schedule == "step" and step >= steps / 2:
+            factor = 0.1
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * factor
 
@@ -337,6 +336,14 @@ def _round_to_half_(module: torch.nn.Module) -> None:
 
 def _trained(model: TaskModel) -> Tensors:
     return {name: p for name, p in model.named_parameters() if not name.startswith("backbone.")}
+
+
+def _optimizer(config: TrainConfig, parameters: Tensors) -> torch.optim.Optimizer:
+    values = list(parameters.values())
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(values, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+    adam = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return adam(values, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> dict[int, Tensors]:

@@ -38,10 +38,12 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """Weight of each bit over the one before it."""
     or_lambda: float = 0.1
     """Weight of the orthogonality between targets; 0 is off."""
-    optimizer: Literal["adam", "adamw"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """sgd has momentum 0.9."""
     lr: float = 1e-3
     weight_decay: float = 0.0
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
+    """step divides the learning rate by 10 after half of the epochs."""
     batch_size: int = 32
     epochs: int = 60
     patience: int = 15

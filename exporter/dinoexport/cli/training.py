@@ -25,6 +25,7 @@ app.add_typer(data_app, name="data")
 Cache = Annotated[
     Path | None, typer.Option(help="Folder of cached features; the platform's if left out.")
 ]
+FEATURE_KINDS = ("cls", "cls_mean", "cls4", "cls4_mean", "pyramid")
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
@@ -97,10 +98,12 @@ def train(
             "'embedded'."
         ),
     ] = "embedded",
-    head: Annotated[str, typer.Option(help="linear, mlp or ensemble.")] = "mlp",
+    head: Annotated[str, typer.Option(help="linear, probe, mlp or ensemble.")] = "mlp",
     members: Annotated[int, typer.Option(min=2, max=100, help="Members of an ensemble.")] = 5,
     hidden: Annotated[int, typer.Option(min=1, max=65536, help="Hidden width of the head.")] = 256,
-    features: Annotated[str, typer.Option(help="cls_mean or pyramid.")] = "cls_mean",
+    features: Annotated[
+        str, typer.Option(help="cls, cls_mean, cls4, cls4_mean or pyramid.")
+    ] = "cls_mean",
     taps: Annotated[str, typer.Option(help="Blocks that a pyramid reads: 2,5,8,11.")] = "",
     tap_norm: Annotated[str, typer.Option(help="none, final or own_ln.")] = "final",
     encoding: Annotated[str, typer.Option(help="plain, gray or scalar.")] = "gray",
@@ -116,10 +119,10 @@ def train(
     or_lambda: Annotated[
         float, typer.Option(help="Weight of the orthogonality between targets.")
     ] = 0.1,
-    optimizer: Annotated[str, typer.Option(help="adam or adamw.")] = "adam",
+    optimizer: Annotated[str, typer.Option(help="adam, adamw or sgd.")] = "adam",
     lr: Annotated[float, typer.Option(help="Learning rate of the head.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="For adamw.")] = 0.0,
-    schedule: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
+    schedule: Annotated[str, typer.Option(help="cosine, constant or step.")] = "cosine",
     batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 32,
     epochs: Annotated[int, typer.Option(help="At most this many.")] = 60,
     patience: Annotated[int, typer.Option(help="Epochs without a better validation error.")] = 15,
@@ -154,12 +157,12 @@ def train(
         name=name,
         image_size=parse_size(image_size) or (224, 224),
         features=FeatureConfig(
-            kind=one_of("features", features, ("cls_mean", "pyramid")),
+            kind=one_of("features", features, FEATURE_KINDS),
             taps=_parse_taps(taps),
             tap_norm=one_of("tap norm", tap_norm, ("none", "final", "own_ln")),
         ),
         head=HeadConfig(
-            kind=one_of("head", head, ("linear", "mlp", "ensemble")),
+            kind=one_of("head", head, ("linear", "probe", "mlp", "ensemble")),
             members=members,
             hidden=hidden,
         ),
@@ -171,10 +174,10 @@ def train(
         loss=one_of("loss", loss, ("bce", "focal", "mse", "cross_entropy")) if loss else "",
         gamma=gamma,
         or_lambda=or_lambda,
-        optimizer=one_of("optimizer", optimizer, ("adam", "adamw")),
+        optimizer=one_of("optimizer", optimizer, ("adam", "adamw", "sgd")),
         lr=lr,
         weight_decay=weight_decay,
-        schedule=one_of("schedule", schedule, ("cosine", "constant")),
+        schedule=one_of("schedule", schedule, ("cosine", "constant", "step")),
         batch_size=batch_size,
         epochs=epochs,
         patience=patience,

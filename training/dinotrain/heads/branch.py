@@ -1,4 +1,4 @@
-"""Heads over pooled features: linear, MLP, and a deep ensemble of MLPs, one per branch of a task.
+"""Heads over pooled features: linear ones, MLP, and a deep ensemble of MLPs, per branch of a task.
 
 A branch is a set of targets that reads the same vector; a task names its branches. All kinds give
 logits of one shape, (B, members, targets, width), so that nothing downstream asks which it is.
@@ -17,7 +17,7 @@ from dinotrain.errors import UsageError
 class HeadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The kind of head; ``members`` counts only for an ensemble."""
 
-    kind: Literal["linear", "mlp", "ensemble"] = "mlp"
+    kind: Literal["linear", "probe", "mlp", "ensemble"] = "mlp"
     hidden: int = 256
     dropout: float = 0.1
     members: int = 5
@@ -42,7 +42,9 @@ class BranchSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def build_mlp(in_width: int, out_width: int, config: HeadConfig) -> nn.Sequential:
-    """LN → Linear → GELU → Dropout → Linear, or LN → Linear for the linear kind."""
+    """LN → Linear → GELU → Dropout → Linear; LN → Linear for ``linear``, Linear for ``probe``."""
+    if config.kind == "probe":
+        return nn.Sequential(nn.Linear(in_width, out_width))
     if config.kind == "linear":
         return nn.Sequential(nn.LayerNorm(in_width), nn.Linear(in_width, out_width))
     return nn.Sequential(

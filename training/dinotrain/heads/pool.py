@@ -16,11 +16,22 @@ from dinotrain.errors import UsageError
 from dinotrain.heads.pyramid import LateralPyramid
 from dinotrain.heads.segmentation import tokens_to_map
 
+FeatureKind = Literal["cls", "cls_mean", "cls4", "cls4_mean", "pyramid"]
+CLS_KINDS: dict[str, tuple[int, bool]] = {
+    "cls": (1, False),
+    "cls_mean": (1, True),
+    "cls4": (4, False),
+    "cls4_mean": (4, True),
+}
+"""Kind → (CLS tokens, with the mean patch)."""
+
 
 class FeatureConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Which features are read: ``cls_mean``, or a lateral ``pyramid`` over four ``taps``."""
+    """Which features are read: CLS of the last block or of four, with the mean patch or without; or
+    a lateral ``pyramid`` over four ``taps``.
+    """
 
-    kind: Literal["cls_mean", "pyramid"] = "cls_mean"
+    kind: FeatureKind = "cls_mean"
     taps: tuple[int, ...] = ()
     tap_norm: TapNorm = "final"
 
@@ -39,24 +50,46 @@ class Pool(nn.Module, ABC):
         """Number of the last block whose output is read."""
 
 
-class ClsMeanPool(Pool):
-    """CLS ‖ mean patch, both after the final norm: (B, 2·D); nothing is trained."""
+class ClsPool(Pool):
+    """CLS of the last blocks ‖ mean patch of the last, after the final norm; nothing is trained.
 
-    def __init__(self, backbone: ViTConfig) -> None:
+    Args:
+        backbone: gives width and depth.
+        layers: how many CLS tokens, from the last block backwards; they stand in running order.
+        mean: append the mean patch.
+
+    Source: METHODS B6 (one layer with mean), D (the released heads: 1 or 4 layers).
+    """
+
+    def __init__(self, backbone: ViTConfig, layers: int = 1, mean: bool = True) -> None:
         super().__init__()
-        self.width = 2 * backbone.embed_dim
+        if layers > backbone.depth:
+            raise UsageError(
+                f"features of {layers} layers are asked of {backbone.name}, which has "
+                f"{backbone.depth} blocks. Use cls or cls_mean."
+            )
+        self.first = backbone.depth - layers
+        self.mean = mean
+        self.width = (layers + mean) * backbone.embed_dim
 
     def extract(self, backbone: VisionTransformer, images: Tensor) -> Tensor:
-        """(B, 3, H, W) → (B, 2·D)."""
-        output = backbone(images)
-        return torch.cat((output.cls_token, output.patch_tokens.mean(dim=1)), dim=-1)
+        """(B, 3, H, W) → (B, width)."""
+        outputs = [
+            backbone.split(backbone.norm(x))
+            for index, x in backbone.run_blocks(backbone.tokens(images))
+            if index >= self.first
+        ]
+        parts = [output.cls_token for output in outputs]
+        if self.mean:
+            parts.append(outputs[-1].patch_tokens.mean(dim=1))
+        return torch.cat(parts, dim=-1)
 
     def last_block(self, depth: int) -> int:
         """Return the final block: CLS comes after it."""
         return depth - 1
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, 2·D) → the same."""
+        """(B, width) → the same."""
         return features
 
 
@@ -105,9 +138,9 @@ class LateralPyramidPool(LateralPyramid, Pool):
 
 def build_pool(
     backbone: ViTConfig, config: FeatureConfig, image_size: tuple[int, int]
-) -> ClsMeanPool | LateralPyramidPool:
+) -> ClsPool | LateralPyramidPool:
     """Return the pool that a config names."""
-    if config.kind == "cls_mean":
-        return ClsMeanPool(backbone)
+    if config.kind in CLS_KINDS:
+        return ClsPool(backbone, *CLS_KINDS[config.kind])
     patch = backbone.patch_size
     return LateralPyramidPool(backbone, config, (image_size[0] // patch, image_size[1] // patch))
