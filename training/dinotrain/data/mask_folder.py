@@ -11,7 +11,6 @@ Source: METHODS C (classes, ignore index, split 80 : 10 : 10 stratified by defec
 
 import csv
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -31,6 +30,7 @@ from dinotrain.data.mask_dataset import (
     stratified_splits,
 )
 from dinotrain.data.masks import IGNORE, read_mask
+from dinotrain.data.origin import read_origin
 from dinotrain.errors import DataError
 
 SHOWN = 10
@@ -86,7 +86,7 @@ def read_mask_folder(
             f"{path}: no picture is in the split 'train'. Name train rows in split.csv, or leave "
             "the column blank."
         )
-    source, synthetic = _origin(path)
+    source, synthetic = read_origin(path)
     return MaskDataset(
         samples=samples,
         classes=classes,
@@ -392,16 +392,3 @@ def _bare(error: DataError, file: Path) -> str:
 def _digest(file: Path) -> str:
     with file.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
-
-
-def _origin(folder: Path) -> tuple[str, bool]:
-    """Return what ``dataset.json`` says, as synthetic generators write it."""
-    stamp = folder / "dataset.json"
-    try:
-        facts = json.loads(stamp.read_bytes()) if stamp.is_file() else {}
-        generator = facts.get("generator")
-    except (ValueError, AttributeError, OSError):
-        return "", False
-    if not generator:
-        return "", False
-    return f"synthetic ({generator}, seed {facts.get('seed')})", True
