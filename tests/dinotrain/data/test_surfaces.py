@@ -108,6 +108,15 @@ def test_another_size_shows_the_same_defects(index):
     assert abs(small.mean() - large.mean()) < 0.5 * large.mean()
 
 
+def test_a_smaller_field_shows_larger_defects():
+    for index in (0, 1, 3):
+        wide = render_surface(0, index, 128).mask
+        near = render_surface(0, index, 128, field_mm=25).mask
+        assert set(np.unique(near)) <= set(np.unique(wide)) | {0}
+        # Their number stays, their area in pixels is up to four times as large.
+        assert 1.3 * (wide > 0).sum() < (near > 0).sum() < 4.5 * (wide > 0).sum()
+
+
 def test_noise_has_unit_spread_and_its_bumps_are_those_of_any_size():
     fields = [noise(np.random.default_rng(3), grid_of(size), 1.5) for size in (150, 300)]
     # About 1100 independent bumps: the spread is known to 2 %, its tails to a little more.
@@ -223,6 +232,8 @@ def test_refusals(tmp_path):
         render_surface(-1, 0)
     with pytest.raises(UsageError, match=f"at least {MIN_SIDE_PX}"):
         render_surface(0, 0, MIN_SIDE_PX - 1)
+    with pytest.raises(UsageError, match="15 to 100 mm"):
+        render_surface(0, 0, 96, field_mm=10)
     with pytest.raises(UsageError, match="count must be 1 or more"):
         write_dataset(0, 0, tmp_path / "new")
     with pytest.raises(UsageError, match="at least"):

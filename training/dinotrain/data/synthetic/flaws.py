@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage, spatial
 
-from dinotrain.data.synthetic.metal import FIELD_MM, Array, Grid, Plate, Surface, slopes
+from dinotrain.data.synthetic.metal import Array, Grid, Plate, Surface, slopes
 
 BACKGROUND, DUST, RUNDOWN, SCRATCH = range(4)
 CLASSES = ("Background", "Dust", "Rundown", "Scratch")
@@ -83,8 +83,8 @@ def _box(grid: Grid, low: tuple[float, float], high: tuple[float, float]) -> tup
 def _lay_rundown(rng: np.random.Generator, grid: Grid, plate: Plate, surface: Surface) -> Array:
     """Lay a sag of coating with drips that hang from it; returns its coverage."""
     lean = np.float32(np.tan(np.deg2rad(rng.normal(0, 4))))
-    top = float(rng.uniform(-0.46, 0.05) * FIELD_MM)
-    centre = float(rng.uniform(-0.3, 0.3) * FIELD_MM)
+    top = float(rng.uniform(-0.46, 0.05) * grid.field_mm)
+    centre = float(rng.uniform(-0.3, 0.3) * grid.field_mm)
     drips = int(rng.choice(4, p=(0.45, 0.3, 0.15, 0.1))) + 1
     spread = rng.uniform(5.0, 10.0)
     distance = np.full((grid.size, grid.size), -np.inf, dtype=np.float32)
@@ -189,7 +189,7 @@ def _lay_scratches(rng: np.random.Generator, grid: Grid, plate: Plate, surface: 
     main = _heading(rng, plate)
     for _ in range(int(rng.choice(5, p=(0.35, 0.25, 0.2, 0.12, 0.08))) + 1):
         heading = main + rng.normal(0, 0.1) if rng.random() < 0.6 else _heading(rng, plate)
-        path = _path(rng, heading, float(np.exp(rng.uniform(np.log(7), np.log(42)))), 0.02)
+        path = _path(rng, grid, heading, float(np.exp(rng.uniform(np.log(7), np.log(42)))), 0.02)
         width = float(np.exp(rng.uniform(np.log(0.16), np.log(0.55))))
         depth = float(rng.uniform(0.5, 1.0))
         _cut(rng.spawn(1)[0], grid, plate, surface, total, path, width, depth)
@@ -210,7 +210,9 @@ def _heading(rng: np.random.Generator, plate: Plate) -> float:
     return float(np.deg2rad(plate.angle_deg) + rng.uniform(0.4, np.pi - 0.4))
 
 
-def _path(rng: np.random.Generator, heading: float, length_mm: float, wander: float) -> Array:
+def _path(
+    rng: np.random.Generator, grid: Grid, heading: float, length_mm: float, wander: float
+) -> Array:
     """Return points (n, 2) in mm, 0.04 mm apart, around a random place of the picture."""
     count = max(int(length_mm / 0.04), 8)
     bend = rng.normal(0, 0.14) * np.linspace(-1, 1, count)
@@ -218,7 +220,7 @@ def _path(rng: np.random.Generator, heading: float, length_mm: float, wander: fl
     turn = heading + bend + wander * np.cumsum(drift) * 0.1
     steps = 0.04 * np.stack([np.cos(turn), np.sin(turn)], axis=1)
     points = np.cumsum(steps, axis=0)
-    middle = rng.uniform(-0.4, 0.4, 2) * FIELD_MM
+    middle = rng.uniform(-0.4, 0.4, 2) * grid.field_mm
     return points - points[count // 2] + middle
 
 
@@ -308,17 +310,17 @@ def _lay_dust(rng: np.random.Generator, grid: Grid, plate: Plate, surface: Surfa
     grey = ground * (rng.uniform(1.3, 2.0) if rng.random() < 0.65 else rng.uniform(0.05, 0.16))
     colour = min(grey, 0.95) * np.array((1.0, rng.uniform(0.92, 1.0), rng.uniform(0.78, 0.98)))
     many = int(np.exp(rng.uniform(np.log(6), np.log(60))))
-    middles = rng.uniform(-0.42, 0.42, (int(rng.integers(1, 4)), 2)) * FIELD_MM
+    middles = rng.uniform(-0.42, 0.42, (int(rng.integers(1, 4)), 2)) * grid.field_mm
     for _ in range(many):
         if rng.random() < 0.65:
             place = middles[int(rng.integers(len(middles)))] + rng.normal(0, 4.0, 2)
         else:
-            place = rng.uniform(-0.48, 0.48, 2) * FIELD_MM
+            place = rng.uniform(-0.48, 0.48, 2) * grid.field_mm
         radius = float(np.clip(np.exp(rng.normal(np.log(0.28), 0.5)), 0.1, 0.9))
         shade = colour * rng.uniform(0.8, 1.2)
         _speck(rng.spawn(1)[0], grid, surface, total, place, radius, toward, shade)
     for _ in range(int(rng.choice(4, p=(0.4, 0.3, 0.2, 0.1)))):
-        path = _path(rng, rng.uniform(0, np.pi), float(rng.uniform(2, 9)), 0.55)
+        path = _path(rng, grid, rng.uniform(0, np.pi), float(rng.uniform(2, 9)), 0.55)
         _fibre(grid, surface, total, path, float(rng.uniform(0.06, 0.12)), colour)
     return total
 

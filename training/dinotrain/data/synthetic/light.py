@@ -7,12 +7,13 @@ from scipy import ndimage
 
 from dinotrain.data.synthetic.metal import FIELD_MM, Array, Grid, Surface
 
-# Camera and lamps hang at about this height; it turns places into the slopes that mirror a lamp.
+# Camera and lamps hang at about this height over a field of ``FIELD_MM``; it turns places into the
+# slopes that mirror a lamp. A smaller field is seen from as much nearer, with lamps as much nearer.
 _HEIGHT_MM = 130.0
 
 
 class Lamp(msgspec.Struct, frozen=True, kw_only=True):
-    """One lamp: where a flat surface would mirror it, how wide and how bright it is."""
+    """One lamp: where a flat surface would mirror it (for ``FIELD_MM``), how wide, how bright."""
 
     at_mm: tuple[float, float]
     width: float
@@ -71,13 +72,15 @@ def shine(surface: Surface, grid: Grid, shot: Shot) -> Array:
     A place mirrors a lamp where its slope is the one between lamp and camera; slopes below a pixel
     spread that, unevenly along and across brush marks (Ward's anisotropic highlight).
     """
-    spread = np.full(grid.x.shape, shot.ambient, np.float32) + 0 * grid.y
-    spread = spread + np.float32(shot.gradient[0]) * grid.x + np.float32(shot.gradient[1]) * grid.y
+    scale = np.float32(FIELD_MM / grid.field_mm)
+    x, y = grid.x * scale, grid.y * scale
+    spread = np.float32(shot.ambient) + np.float32(shot.gradient[0]) * x
+    spread = spread + np.float32(shot.gradient[1]) * y
     mirrored = np.maximum(spread, 0.05)
     diffuse = np.maximum(spread, 0.05)
     for lamp in shot.lamps:
-        need_x = (lamp.at_mm[0] - grid.x) / _HEIGHT_MM - (-surface.slope_x)
-        need_y = (lamp.at_mm[1] - grid.y) / _HEIGHT_MM - (-surface.slope_y)
+        need_x = (lamp.at_mm[0] - x) / _HEIGHT_MM + surface.slope_x
+        need_y = (lamp.at_mm[1] - y) / _HEIGHT_MM + surface.slope_y
         along = need_x * surface.cos + need_y * surface.sin
         across = need_y * surface.cos - need_x * surface.sin
         wide_u = np.square(surface.rough_u) + lamp.width**2
@@ -96,7 +99,8 @@ def expose(
     rng: np.random.Generator, light: Array, grid: Grid, shot: Shot, gain: float
 ) -> NDArray[np.uint8]:
     """Turn light into what a camera would store: lens, exposure, sensor noise, sRGB, 8 bits."""
-    corner = np.square(grid.x / (FIELD_MM / 2)) + np.square(grid.y / (FIELD_MM / 2))
+    half = grid.field_mm / 2
+    corner = np.square(grid.x / half) + np.square(grid.y / half)
     tint = np.array([1 + shot.warmth, 1, 1 - shot.warmth], np.float32)
     image = light * (gain * (1 - shot.vignette * corner / 2))[..., None] * tint
     image = np.stack(

@@ -18,7 +18,7 @@ FINISHES: tuple[Finish, ...] = ("brushed", "cast", "coated")
 Rgb = tuple[float, float, float]
 
 FIELD_MM = 50.0
-"""Width of what a picture shows."""
+"""Width of what a picture shows, unless another is asked for."""
 
 # Linear reflectance at normal incidence: steel, aluminium, zinc, titanium, brass, copper, iron.
 _BRUSHED = ((0.53, 0.54, 0.55), (0.78, 0.79, 0.80), (0.63, 0.65, 0.67), (0.50, 0.47, 0.44))
@@ -65,6 +65,11 @@ class Grid(NamedTuple):
         """Side of the square image in pixels."""
         return self.x.shape[1]
 
+    @property
+    def field_mm(self) -> float:
+        """Side of the square image in mm."""
+        return self.size / self.px_per_mm
+
 
 class Surface(NamedTuple):
     """Maps that ``light`` reads; all float32, changed in place by defects.
@@ -86,9 +91,9 @@ class Surface(NamedTuple):
     shade: Array
 
 
-def grid_of(size: int) -> Grid:
-    """Return the pixel centres of a square picture of ``FIELD_MM``."""
-    px_per_mm = size / FIELD_MM
+def grid_of(size: int, field_mm: float = FIELD_MM) -> Grid:
+    """Return the pixel centres of a square picture."""
+    px_per_mm = size / field_mm
     line = ((np.arange(size) + 0.5 - size / 2) / px_per_mm).astype(np.float32)
     return Grid(line[None, :], line[:, None], px_per_mm)
 
@@ -132,10 +137,10 @@ def noise(rng: np.random.Generator, grid: Grid, scale_mm: float) -> Array:
     Drawn on a grid of its own, so that a picture of another size shows the same bumps as far as
     its pixels can.
     """
-    cells = int(np.ceil(FIELD_MM / scale_mm)) + 4
+    cells = int(np.ceil(grid.field_mm / scale_mm)) + 4
     table = rng.standard_normal((cells, cells), dtype=np.float32)
-    rows = (grid.y[:, 0] + FIELD_MM / 2) / scale_mm + 1.5
-    cols = (grid.x[0] + FIELD_MM / 2) / scale_mm + 1.5
+    rows = (grid.y[:, 0] + grid.field_mm / 2) / scale_mm + 1.5
+    cols = (grid.x[0] + grid.field_mm / 2) / scale_mm + 1.5
     # Cubic B-splines, one axis after the other: the smoothest bumps for their cost.
     across = _spline(table, cols)
     field = _spline(np.ascontiguousarray(across.T), rows).T
@@ -201,7 +206,7 @@ def _streaks(rng: np.random.Generator, along: Array, across: Array, grid: Grid) 
     v = across / pitch + rows / 2
     total = np.zeros(across.shape, dtype=np.float32)
     for length, width, weight in ((3.0, 0.0, 0.7), (9.0, 0.4, 0.9), (28.0, 0.7, 0.7), (60, 8, 0.5)):
-        cells = int(np.ceil(1.5 * FIELD_MM / length)) + 6
+        cells = int(np.ceil(1.5 * grid.field_mm / length)) + 6
         table = rng.standard_normal((rows, cells), dtype=np.float32)
         # A few deep marks among many faint ones.
         table = np.sign(table) * np.abs(table) ** 1.3

@@ -20,7 +20,7 @@ from dinotrain.data.mask_dataset import stratified_splits
 from dinotrain.data.synthetic.flaws import CLASSES, DUST, RUNDOWN, SCRATCH, lay_flaws
 from dinotrain.data.synthetic.folder import claim, replace, save_png
 from dinotrain.data.synthetic.light import draw_shot, expose, exposure, shine
-from dinotrain.data.synthetic.metal import Finish, draw_plate, draw_surface, grid_of
+from dinotrain.data.synthetic.metal import FIELD_MM, Finish, draw_plate, draw_surface, grid_of
 from dinotrain.errors import UsageError
 
 __all__ = ["CLASSES", "MIN_SIDE_PX", "SurfaceSample", "render_surface", "write_dataset"]
@@ -78,27 +78,36 @@ def _part(seed: int, index: int) -> int:
 
 
 def render_surface(
-    seed: int, index: int, size: int = DEFAULT_SIZE, *, flawless: bool = False
+    seed: int,
+    index: int,
+    size: int = DEFAULT_SIZE,
+    *,
+    field_mm: float = FIELD_MM,
+    flawless: bool = False,
 ) -> SurfaceSample:
-    """Render one picture of a metal surface, 50 mm wide; the same arguments give the same bytes.
+    """Render one picture of a metal surface; the same arguments give the same bytes.
 
     Args:
         seed: of the whole set, 0 or more.
         index: which picture of the set, 0 or more.
         size: side of the square picture in pixels; defects keep their size in mm, but are never
             thinner than the mask can show.
+        field_mm: width of what the picture shows; a smaller one shows larger defects.
         flawless: leave out the defects and nothing else, for comparison.
 
     Raises:
-        UsageError: a negative seed or index, or a size too small for a scratch.
+        UsageError: a negative seed or index, or a size or field that cannot show a scratch.
     """
     if seed < 0 or index < 0:
         raise UsageError(f"seed {seed} and picture index {index}: both must be 0 or more")
-    if size < MIN_SIDE_PX:
-        raise UsageError(f"cannot render {size} pixels. Use at least {MIN_SIDE_PX}.")
+    if size < MIN_SIDE_PX or not 15 <= field_mm <= 100:
+        raise UsageError(
+            f"cannot render {size} pixels over {field_mm} mm. "
+            f"Use at least {MIN_SIDE_PX} pixels and a field of 15 to 100 mm."
+        )
     part = _part(seed, index)
     plate = draw_plate(_stream(seed, _PLATE, part))
-    grid = grid_of(size)
+    grid = grid_of(size, field_mm)
     surface = draw_surface(_stream(seed, _SURFACE, index), grid, plate)
     shot = draw_shot(_stream(seed, _SHOT, index))
     # A camera sets its exposure on the part, whatever lies on it.
@@ -127,6 +136,7 @@ def write_dataset(
     progress: Callable[[int, int], None] | None = None,
     *,
     size: int = DEFAULT_SIZE,
+    field_mm: float = FIELD_MM,
 ) -> Path:
     """Render a data set: ``images``, ``masks``, ``classes.json``, then ``split.csv``.
 
@@ -135,25 +145,28 @@ def write_dataset(
 
     Args:
         count: number of pictures.
-        seed: of the whole set; the same seed, count and size give the same bytes.
+        seed: of the whole set; the same arguments give the same bytes.
         out: a folder that is new, empty or holds this same data set.
         progress: called with (pictures done, count) after each picture.
         size: side of the square pictures in pixels.
+        field_mm: width of what a picture shows.
 
     Returns:
         The folder, which ``read_mask_folder`` reads.
 
     Raises:
         DataError: ``out`` holds something else.
-        UsageError: a count below 1, a negative seed, or a size that is too small.
+        UsageError: a count below 1, a negative seed, or a size or field out of range.
     """
     if count < 1 or seed < 0:
         raise UsageError(f"count {count} and seed {seed}: count must be 1 or more, seed 0 or more")
-    claim(out, generator="dinotrain surfaces 1", count=count, seed=seed, size=size)
+    claim(
+        out, generator="dinotrain surfaces 1", count=count, seed=seed, size=size, field_mm=field_mm
+    )
     parts: dict[str, str] = {}
     strata: dict[str, set[int]] = {}
     for index in range(count):
-        sample = render_surface(seed, index, size)
+        sample = render_surface(seed, index, size, field_mm=field_mm)
         stem = f"surface_{index:06d}"
         save_png(sample.image, out / "images" / f"{stem}.png")
         _save_mask(sample.mask, out / "masks" / f"{stem}.png")
