@@ -126,7 +126,7 @@ def test_it_learns_what_the_features_hold(config):
 @pytest.mark.parametrize("head", ["linear", "ensemble"])
 def test_a_head_starts_at_the_mean_of_the_labels(config, tiny_eyes, tiny_backbone, kind, head):
     config = change(config, encoding=Encoding(kind=kind), head=HeadConfig(kind=head))
-    model = fit._build(config, load_backbone(tiny_backbone)).eval()
+    model = fit.build_model(config, load_backbone(tiny_backbone)).eval()
     dataset = model.task.read(tiny_eyes, image_size=(28, 28)).split("train")
     labels = dataset.labels(["mrd1", "mrd2", "lf"])
     model.task.objective(change(config, loss="bce"), model).start_(labels)

@@ -59,11 +59,11 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     """
     report = progress or silent
     task = get_task(config.task)
-    device = _device(config.device)
+    device = pick_device(config.device)
     config = msgspec.structs.replace(config, loss=task.choose_loss(config))  # type: ignore[arg-type]
     dataset = task.read(config.data, image_size=config.image_size, seed=config.seed)
     backbone = load_backbone(config.backbone, config.image_size)
-    model = _build(config, backbone, dataset.classes).to(device)
+    model = build_model(config, backbone, dataset.classes).to(device)
     objective = task.objective(config, model)
     objective.check(dataset.split("train").labels(task.labels))
     store = FeatureStore(model, config.cache or default_cache())
@@ -71,7 +71,17 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     run = _Run(config, model, dataset, store, objective)
     run.train(report)
     model.load_state_dict(run.state.best, strict=False)
-    path = save_checkpoint(model, _describe(config, run), config.out, _dtype(config))
+    journal = run.state.journal
+    log = {
+        "best_epoch": journal.best_epoch,
+        "stopped": journal.stopped,
+        "log": {
+            "epoch": [entry.epoch for entry in journal.log],
+            "loss": [_short(entry.loss) for entry in journal.log],
+            "val_error": [_short(entry.val_error) for entry in journal.log],
+        },
+    }
+    path = write_model(config, model, dataset, store, objective, log)
     state_path(config.out).unlink(missing_ok=True)
     return path
 
@@ -105,7 +115,7 @@ def evaluate(
         DinoError: the checkpoint or the data cannot be used, or the split is empty.
     """
     model, config = load_checkpoint(checkpoint)
-    model.to(_device(device))
+    model.to(pick_device(device))
     seed = config.training.get("seed", 0)
     dataset = model.task.read(data, image_size=config.image_size, seed=seed)
     names = ("train", "val", "test") if split == "all" else (split,)
@@ -300,10 +310,16 @@ class _Run:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": self.state.moments})
 
 
-def _build(
+def build_model(
     config: TrainConfig, backbone: VisionTransformer, classes: tuple[str, ...] = ()
 ) -> TaskModel:
-    """Return the model to train: its head drawn from the seed, its backbone as loaded."""
+    """Return the model to train: its head drawn from the seed, its backbone as loaded.
+
+    Args:
+        config: the recipe.
+        backbone: frozen in place, and rounded in place where weights are stored in half precision.
+        classes: names, where the task has classes.
+    """
     features = config.features
     if features.kind == "pyramid" and not features.taps:
         taps = default_taps(backbone.config.depth)
@@ -354,9 +370,27 @@ def _moments(optimizer: torch.optim.Optimizer) -> dict[int, Tensors]:
     }
 
 
-def _describe(config: TrainConfig, run: _Run) -> CheckpointConfig:
-    """Return the header of the checkpoint; measures the model with its weights as stored."""
-    model, dataset, journal = run.model, run.dataset, run.state.journal
+def write_model(
+    config: TrainConfig,
+    model: TaskModel,
+    dataset: Dataset,
+    store: FeatureStore,
+    objective: Objective,
+    log: dict[str, Any],
+) -> Path:
+    """Write a trained model with its story and its metrics, taken with the weights as stored.
+
+    Args:
+        config: names the place, and the recipe that the header tells.
+        model: its weights are final.
+        dataset: all splits of what it was trained on.
+        store: gives the features of ``dataset``.
+        objective: gives the baseline.
+        log: how training went, for the header.
+
+    Returns:
+        The checkpoint's path.
+    """
     if config.weights == "float16":
         for part in (model.pool, model.head, model.placeholders, model.decoder):
             _round_to_half_(part)
@@ -366,14 +400,14 @@ def _describe(config: TrainConfig, run: _Run) -> CheckpointConfig:
     for name in ("val", "test"):
         part = dataset.split(name)  # type: ignore[arg-type]
         if part.samples:
-            predicted = predict(model, run.store, part.samples)
+            predicted = predict(model, store, part.samples)
             true = part.labels(labels)
             metrics[name] = model.task.evaluate(predicted, true, reference, dataset.classes)
     source, synthetic_backbone = _backbone_source(config)
     origin = SYNTHETIC_BACKBONE_NOTICE if synthetic_backbone else ""
     origin = SYNTHETIC_NOTICE if dataset.synthetic else origin
     plain = {name: getattr(model.config, name) for name in ModelConfig.__struct_fields__}
-    return CheckpointConfig(
+    header = CheckpointConfig(
         **plain,
         name=config.name or f"{config.task}-{model.config.backbone.name}-{config.image_size[0]}",
         window_mm=model.task.window_mm,
@@ -384,19 +418,14 @@ def _describe(config: TrainConfig, run: _Run) -> CheckpointConfig:
         metrics=metrics,
         training=config.recipe()
         | {
-            "baseline": run.objective.baseline(reference),
+            "baseline": objective.baseline(reference),
             "label_step": dataset.label_step(),
-            "backbone_digest": run.store.backbone_digest,
-            "best_epoch": journal.best_epoch,
-            "stopped": journal.stopped,
-            "log": {
-                "epoch": [entry.epoch for entry in journal.log],
-                "loss": [_short(entry.loss) for entry in journal.log],
-                "val_error": [_short(entry.val_error) for entry in journal.log],
-            },
-        },
+            "backbone_digest": store.backbone_digest,
+        }
+        | log,
         versions=_versions(),
     )
+    return save_checkpoint(model, header, config.out, _dtype(config))
 
 
 def _check_classes(dataset: Dataset, config: CheckpointConfig, data: Path) -> None:
@@ -459,7 +488,8 @@ def _dtype(config: TrainConfig) -> torch.dtype:
     return torch.float16 if config.weights == "float16" else torch.float32
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """Return the device of a name; ``auto`` takes CUDA where there is one."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("device 'cuda' is not available here. Use --device cpu.")
     if name == "auto":

@@ -204,6 +204,63 @@ def train(
 
 
 @app.command()
+def probe(
+    data: Annotated[Path, typer.Option(help="A folder per class.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write (.safetensors).")],
+    backbone: Annotated[str, typer.Option(help="As `train` takes it.")] = "embedded",
+    iterations: Annotated[int, typer.Option(min=1, help="Steps of each classifier.")] = 12500,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 128,
+    image_size: ImageSize = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    cache: Cache = None,
+    json: Json = False,
+) -> None:
+    """Sweep linear classifiers over learning rates and features; k-NN beside them."""
+    from dinoexport.console import Reporter, quiet_beside
+    from dinotrain.checkpoint import read_config
+    from dinotrain.probe import probe as run_probe
+    from dinotrain.train_config import TrainConfig
+
+    check_file(out, ".safetensors")
+    config = TrainConfig(
+        task="classify",
+        data=data,
+        backbone=_resolve_backbone(backbone),
+        out=out,
+        image_size=parse_size(image_size) or (224, 224),
+        batch_size=batch_size,
+        seed=seed,
+        device=one_of("device", device, ("auto", "cpu", "cuda")),
+        cache=cache,
+    )
+    with Reporter().tracker() as track, quiet_beside(out):
+        result = run_probe(config, iterations, track)
+    trained = read_config(result.path)
+    if json:
+        print_json(
+            {
+                "path": str(result.path),
+                "features": result.features,
+                "rate": result.rate,
+                "val_accuracy": result.linear,
+                "knn_val_accuracy": result.knn,
+                "metrics": trained.metrics,
+                "notice": trained.notice,
+            }
+        )
+        return
+    typer.echo(f"{result.path}: {result.features}, learning rate {result.rate:g}")
+    _print_metrics("validation accuracy by rate", result.linear)
+    if result.knn:
+        _print_metrics("validation accuracy by k", {"k-NN": result.knn})
+    for split, metrics in trained.metrics.items():
+        _print_metrics(split, metrics)
+    if trained.notice:
+        typer.echo(trained.notice)
+
+
+@app.command()
 def evaluate(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT", help="A trained .safetensors.")

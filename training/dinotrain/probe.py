@@ -1,0 +1,228 @@
+"""The linear probe and k-NN on frozen features: how DINOv2's authors judge a backbone.
+
+Every learning rate on every kind of features is trained side by side, in one pass over cached
+features; the best on the validation split becomes a checkpoint. Unlike the original there is no
+augmentation, because features are computed once. Source: METHODS D.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinotrain.backbones import load_backbone
+from dinotrain.data.dataset import Dataset, Sample, Split
+from dinotrain.errors import DataError, UsageError
+from dinotrain.features import FeatureStore, Progress, default_cache, silent
+from dinotrain.fit import build_model, pick_device, write_model
+from dinotrain.heads.branch import HeadConfig
+from dinotrain.heads.pool import CLS_KINDS, FeatureConfig
+from dinotrain.tasks import get_task
+from dinotrain.train_config import TrainConfig
+
+RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+"""For a batch of 256 samples; others in proportion."""
+MOMENTUM = 0.9
+INITIAL_STD = 0.01
+NEIGHBOURS = (10, 20, 100, 200)
+TEMPERATURE = 0.07
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Where the checkpoint is, and the accuracies on the validation split that chose it.
+
+    ``linear`` is {features: {rate: accuracy}}, ``knn`` is {k: accuracy} on CLS.
+    """
+
+    path: Path
+    features: str
+    rate: float
+    linear: dict[str, dict[str, float]]
+    knn: dict[str, float]
+
+
+def probe(
+    config: TrainConfig, iterations: int = 12500, progress: Progress | None = None
+) -> ProbeResult:
+    """Sweep linear classifiers over learning rates and features, and write the best.
+
+    Args:
+        config: data, backbone, place, size, seed, batch size, cache; its head, features and
+            learning rate are what is swept.
+        iterations: steps of SGD with momentum 0.9, the rate falling along a cosine to 0.
+        progress: told of the stages "features" and "probe".
+
+    Raises:
+        UsageError: the task has no classes, or ``iterations`` is not above 0.
+        DinoError: as ``train``.
+    """
+    if iterations < 1:
+        raise UsageError(f"iterations is {iterations}; it must be above 0")
+    report, task = progress or silent, get_task(config.task)
+    config = msgspec.structs.replace(
+        config,
+        loss=task.choose_loss(config),  # type: ignore[arg-type]
+        head=HeadConfig(kind="probe"),
+        optimizer="sgd",
+        schedule="cosine",
+        weight_decay=0.0,
+    )
+    device = pick_device(config.device)
+    dataset = task.read(config.data, image_size=config.image_size, seed=config.seed)
+    if not dataset.classes:
+        raise UsageError(f"task {config.task} has no classes to probe; use `dinoexport train`")
+    if not dataset.split("val").samples:
+        raise DataError(f"{config.data}: no validation samples to choose by. Label more samples.")
+    backbone = load_backbone(config.backbone, config.image_size)
+    kinds = [kind for kind, (layers, _) in CLS_KINDS.items() if layers <= backbone.config.depth]
+    widest = kinds[-1]
+    model = build_model(_with_features(config, widest), backbone, dataset.classes).to(device)
+    objective = task.objective(config, model)
+    objective.check(dataset.split("train").labels(task.labels))
+    store = FeatureStore(model, config.cache or default_cache())
+    store.prepare(dataset, report)
+    train, val = (_table(store, dataset, name, device) for name in ("train", "val"))
+    columns = {kind: _columns(kind, widest, backbone.config.embed_dim) for kind in kinds}
+    found: dict[str, dict[str, float]] = {}
+    best: _Choice | None = None
+    for done, kind in enumerate(kinds):
+        report("probe", done, len(kinds), kind)
+        weight, bias = _sweep(train.only(columns[kind]), len(dataset.classes), config, iterations)
+        accuracies, losses = _judge(val.only(columns[kind]), weight, bias)
+        found[kind] = {f"{r:g}": round(a, 4) for r, a in zip(RATES, accuracies, strict=True)}
+        for index, rate in enumerate(RATES):
+            choice = _Choice(
+                accuracies[index], -losses[index], kind, rate, weight[index], bias[index]
+            )
+            # Of equal accuracies the one that is surer of the truth, then the first.
+            if best is None or choice[:2] > best[:2]:
+                best = choice
+    report("probe", len(kinds), len(kinds))
+    knn = _neighbours(train.only(columns["cls"]), val.only(columns["cls"]), len(dataset.classes))
+    if best is None:
+        raise UsageError(f"no features fit {backbone.config.name}")
+    chosen = msgspec.structs.replace(_with_features(config, best.features), lr=best.rate)
+    model = build_model(chosen, backbone, dataset.classes).to(device)
+    linear = {"weight": best.weight, "bias": best.bias}
+    model.head.members[0]["classes"][-1].load_state_dict(linear)  # type: ignore[index,union-attr]
+    log = {"probe": {"iterations": iterations, "val_accuracy": found, "knn_val_accuracy": knn}}
+    part = _Part(store, columns[best.features])
+    path = write_model(chosen, model, dataset, part, objective, log)  # type: ignore[arg-type]
+    return ProbeResult(path, best.features, best.rate, found, knn)
+
+
+class _Choice(NamedTuple):
+    accuracy: float
+    minus_loss: float
+    features: str
+    rate: float
+    weight: Tensor
+    bias: Tensor
+
+
+class _Table(NamedTuple):
+    """Labelled rows of one split: (n, width) float32 and (n,) class numbers."""
+
+    features: Tensor
+    classes: Tensor
+
+    def only(self, columns: Tensor) -> "_Table":
+        return _Table(self.features[:, columns.to(self.features.device)], self.classes)
+
+
+class _Part:
+    """A store that gives some columns of another's features, so that nothing is computed twice."""
+
+    def __init__(self, store: FeatureStore, columns: Tensor) -> None:
+        self._store = store
+        self._columns = columns
+        self.backbone_digest = store.backbone_digest
+
+    def batch(self, samples: Sequence[Sample]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        features, present = self._store.batch(samples)
+        return {name: value[:, self._columns] for name, value in features.items()}, present
+
+
+def _with_features(config: TrainConfig, kind: str) -> TrainConfig:
+    return msgspec.structs.replace(config, features=FeatureConfig(kind=kind))  # type: ignore[arg-type]
+
+
+def _columns(kind: str, widest: str, dim: int) -> Tensor:
+    """Where the features of a kind stand in the widest ones: CLS tokens, then the mean patch."""
+    layers, mean = CLS_KINDS[kind]
+    total, _ = CLS_KINDS[widest]
+    return torch.arange((total - layers) * dim, (total + mean) * dim)
+
+
+def _table(store: FeatureStore, dataset: Dataset, split: Split, device: torch.device) -> _Table:
+    samples = [s for s in dataset.split(split).samples if not math.isnan(s.values["class"])]
+    features = torch.stack([store.get(sample.images["image"]) for sample in samples])
+    classes = torch.tensor([int(sample.values["class"]) for sample in samples])
+    return _Table(features.to(device), classes.to(device))
+
+
+def _sweep(
+    train: _Table, classes: int, config: TrainConfig, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Train one classifier per rate on the same batches: (rates, classes, width) and bias.
+
+    Their losses are summed, so that each has the gradient that it would have alone. torch's SGD
+    has one rate per parameter, and a parameter per rate would cost a product each.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    device, width = train.features.device, train.features.shape[1]
+    weight = torch.randn(len(RATES), classes, width, generator=generator) * INITIAL_STD
+    weight = weight.to(device).requires_grad_()
+    bias = torch.zeros(len(RATES), classes, device=device, requires_grad=True)
+    scale = config.batch_size / 256
+    rates = (torch.tensor(RATES) * scale).to(device)
+    speed = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    for step in range(iterations):
+        rows = torch.randint(len(train.classes), (config.batch_size,), generator=generator)
+        rows = rows.to(device)
+        logits = _logits(train.features[rows], weight, bias)
+        wanted = train.classes[rows].expand(len(RATES), -1).flatten()
+        loss = F.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum") / len(rows)
+        gradients = torch.autograd.grad(loss, (weight, bias))
+        now = rates * 0.5 * (1 + math.cos(math.pi * step / iterations))
+        with torch.no_grad():
+            for value, velocity, gradient in zip((weight, bias), speed, gradients, strict=True):
+                velocity.mul_(MOMENTUM).add_(gradient)
+                value.sub_(velocity * now.reshape(-1, *[1] * (value.ndim - 1)))
+    return weight.detach(), bias.detach()
+
+
+def _logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(n, width) → (rates, n, classes)."""
+    return torch.matmul(features, weight.transpose(1, 2)) + bias.unsqueeze(1)
+
+
+def _judge(table: _Table, weight: Tensor, bias: Tensor) -> tuple[list[float], list[float]]:
+    """Accuracy and log loss per rate."""
+    logits = _logits(table.features, weight, bias)
+    right = (logits.argmax(dim=-1) == table.classes).double().mean(dim=1)
+    chosen = logits.double().log_softmax(dim=-1)[:, torch.arange(len(table.classes)), table.classes]
+    return right.tolist(), (-chosen.mean(dim=1)).tolist()
+
+
+def _neighbours(train: _Table, held: _Table, classes: int) -> dict[str, float]:
+    """Accuracy of k-NN: votes of exp(cosine / 0.07), normalised over the k nearest."""
+    keys, queries = (F.normalize(t.features, dim=-1) for t in (train, held))
+    similarity = queries @ keys.T
+    result = {}
+    for k in NEIGHBOURS:
+        if k > len(keys):
+            continue
+        near, rows = similarity.topk(k, dim=1)
+        votes = torch.softmax(near / TEMPERATURE, dim=1)
+        ballots = F.one_hot(train.classes[rows], classes).to(votes.dtype)
+        winner = (votes.unsqueeze(-1) * ballots).sum(dim=1).argmax(dim=1)
+        result[str(k)] = round(float((winner == held.classes).double().mean()), 4)
+    return result
