@@ -7,7 +7,6 @@ has a hidden name for a moment; if the build is killed just then, the next one b
 
 import ctypes
 import errno
-import hashlib
 import os
 import shutil
 import sys
@@ -20,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from dinoexport.errors import BuildError, BundleError, TamperedError
 from dinoexport.manifest import FileRecord, Manifest, decode_manifest, encode_manifest
+from dinotrain.digests import digest
 
 MANIFEST = "manifest.json"
 REFERENCE = "reference.safetensors"
@@ -106,7 +106,7 @@ def check_files(bundle: Bundle) -> None:
                 f"{bundle.path}: {name} has {size} bytes, the manifest says {record.size_bytes}. "
                 "It is truncated or changed; build it again."
             )
-        if _sha256(file) != record.sha256:
+        if digest(file) != record.sha256:
             raise TamperedError(
                 f"{bundle.path}: {name} does not match its sha256 in the manifest. "
                 "It was changed; build it again."
@@ -122,7 +122,7 @@ def check_files(bundle: Bundle) -> None:
 def record_files(folder: Path) -> dict[str, FileRecord]:
     """Digest and size of every file of a folder, by its relative name."""
     return {
-        name: FileRecord(sha256=_sha256(folder / name), size_bytes=(folder / name).stat().st_size)
+        name: FileRecord(sha256=digest(folder / name), size_bytes=(folder / name).stat().st_size)
         for name in _files(folder)
         if name != MANIFEST
     }
@@ -184,11 +184,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _files(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _flush(folder: Path) -> None:

@@ -81,7 +81,8 @@ def _coreml() -> str:
 
 
 def _embedded(task: str) -> str:
-    from dinotrain.checkpoint import digest, load_checkpoint
+    from dinotrain.checkpoint import load_checkpoint
+    from dinotrain.digests import digest
 
     path = embedded_checkpoint(task)
     _, config = load_checkpoint(path)

@@ -42,7 +42,8 @@ from dinoexport.verify.reference import (
     load_reference,
     make_reference,
 )
-from dinotrain.checkpoint import CheckpointConfig, digest, load_checkpoint, read_config
+from dinotrain.checkpoint import CheckpointConfig, load_checkpoint, read_config
+from dinotrain.digests import digest
 from dinotrain.errors import CheckpointError, DinoError, UsageError, unknown_name
 from dinotrain.model import TaskModel
 from dinotrain.tasks import get_task

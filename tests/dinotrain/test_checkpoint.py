@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from dinotrain.backbones.vit import ViTConfig
 from dinotrain.checkpoint import (
     CheckpointConfig,
-    digest,
     load_checkpoint,
     read_config,
     save_checkpoint,
 )
+from dinotrain.digests import digest
 from dinotrain.errors import CheckpointError
 from dinotrain.heads.branch import HeadConfig
 from dinotrain.model import TaskModel

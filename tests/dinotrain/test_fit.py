@@ -14,7 +14,8 @@ import torch
 
 from dinotrain import fit
 from dinotrain.backbones import load_backbone
-from dinotrain.checkpoint import digest, load_checkpoint, read_config
+from dinotrain.checkpoint import load_checkpoint, read_config
+from dinotrain.digests import digest
 from dinotrain.encoding import Encoding
 from dinotrain.errors import CheckpointError, DataError, ShapeError, UsageError
 from dinotrain.fit import evaluate, train

@@ -3,7 +3,6 @@
 Never pickle. Weights may be stored in half precision; they are loaded as float32.
 """
 
-import hashlib
 import json
 import os
 import struct
@@ -117,12 +116,6 @@ def load_checkpoint(path: Path) -> tuple[TaskModel, CheckpointConfig]:
     if bad:
         raise CheckpointError(f"{path}: tensor {bad} holds NaN or infinity. Train it again.")
     return model.eval().requires_grad_(False), config
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_header(path: Path) -> dict[str, str]:

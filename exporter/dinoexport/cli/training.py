@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -25,7 +25,6 @@ app.add_typer(data_app, name="data")
 Cache = Annotated[
     Path | None, typer.Option(help="Folder of cached features; the platform's if left out.")
 ]
-FEATURE_KINDS = ("cls", "cls_mean", "cls4", "cls4_mean", "pyramid")
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
@@ -143,7 +142,7 @@ def train(
     from dinotrain.encoding import Encoding
     from dinotrain.fit import train as run_train
     from dinotrain.heads.branch import HeadConfig
-    from dinotrain.heads.pool import FeatureConfig
+    from dinotrain.heads.pool import FeatureConfig, FeatureKind
     from dinotrain.train_config import TrainConfig
 
     check_file(out, ".safetensors")
@@ -157,7 +156,7 @@ def train(
         name=name,
         image_size=parse_size(image_size) or (224, 224),
         features=FeatureConfig(
-            kind=one_of("features", features, FEATURE_KINDS),
+            kind=one_of("features", features, get_args(FeatureKind)),
             taps=_parse_taps(taps),
             tap_norm=one_of("tap norm", tap_norm, ("none", "final", "own_ln")),
         ),

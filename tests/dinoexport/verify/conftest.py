@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dinoexport.verify.reference import Reference, make_reference
-from dinotrain.checkpoint import digest, load_checkpoint
+from dinotrain.checkpoint import load_checkpoint
+from dinotrain.digests import digest
 
 
 @pytest.fixture(scope="session")

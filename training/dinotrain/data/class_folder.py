@@ -7,13 +7,15 @@ Every picture's header is judged before anything is refused, so that a folder is
 Source: METHODS D.
 """
 
-import hashlib
 from collections import defaultdict
 from pathlib import Path
+
+import msgspec
 
 from dinotrain.data.dataset import Dataset, ImageRef, Sample, Split, assign_splits, fingerprint
 from dinotrain.data.images import check_image
 from dinotrain.data.origin import read_origin
+from dinotrain.digests import digest
 from dinotrain.errors import DataError
 
 LABEL = "class"
@@ -109,22 +111,22 @@ def _read(
             shown = str(file.relative_to(path))
             try:
                 check_image(file)
-                digest = hashlib.sha256(file.read_bytes()).hexdigest()
+                found = digest(file)
             except (DataError, OSError) as error:
                 problems.append(str(error))
                 continue
             first: tuple[str, Split | None, str] = (name, split, shown)
-            other_name, other_split, other = seen.setdefault(digest, first)
+            other_name, other_split, other = seen.setdefault(found, first)
             if other_name != name:
                 problems.append(f"{other} and {shown} are the same picture, of two classes")
             if other_split != split:
                 problems.append(f"{other} and {shown} are the same picture, in two splits")
             samples.append(
                 Sample(
-                    subject_id=digest[:16],
+                    subject_id=found[:16],
                     part=shown,
                     split="train" if split is None else split,
-                    images={"image": ImageRef(path=file, digest=digest)},
+                    images={"image": ImageRef(path=file, digest=found)},
                     values={LABEL: float(classes.index(name))},
                 )
             )
@@ -140,14 +142,4 @@ def _draw_splits(samples: list[Sample], seed: int) -> list[Sample]:
     splits: dict[str, Split] = {}
     for names in subjects.values():
         splits |= assign_splits(names, seed)
-    return [_moved(sample, splits[sample.subject_id]) for sample in samples]
-
-
-def _moved(sample: Sample, split: Split) -> Sample:
-    return Sample(
-        subject_id=sample.subject_id,
-        part=sample.part,
-        split=split,
-        images=sample.images,
-        values=sample.values,
-    )
+    return [msgspec.structs.replace(s, split=splits[s.subject_id]) for s in samples]

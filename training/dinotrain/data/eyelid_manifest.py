@@ -6,7 +6,6 @@ without shows the window already. Left eyes are mirrored to right orientation. S
 """
 
 import csv
-import hashlib
 import math
 import os
 from collections.abc import Iterable
@@ -27,6 +26,7 @@ from dinotrain.data.dataset import (
 )
 from dinotrain.data.images import MIN_SIDE_PX, check_image
 from dinotrain.data.origin import read_origin
+from dinotrain.digests import digest
 from dinotrain.errors import DataError
 from dinotrain.tasks.base import TargetSpec
 
@@ -240,8 +240,7 @@ class _RowReader:
         path = self.folder / inside
         try:
             height, width = check_image(path)
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found = digest(path)
         except DataError as error:
             # The row already names the file, as its user wrote it.
             problems.append(str(error).replace(str(path), text, 1))
@@ -250,7 +249,7 @@ class _RowReader:
             problems.append(f"{text}: the picture cannot be read ({error.strerror})")
             return None
         if scale is None:
-            return ImageRef(path=path, digest=digest, window_mm=self.window_mm, mirror=mirror)
+            return ImageRef(path=path, digest=found, window_mm=self.window_mm, mirror=mirror)
         if 0 < scale * self.window_mm < MIN_SIDE_PX:
             problems.append(
                 f"px_per_mm {scale:g} leaves {scale * self.window_mm:.1f} pixels for the "
@@ -266,7 +265,7 @@ class _RowReader:
                     f"less than half of the {self.window_mm:g} mm window"
                 )
         return ImageRef(
-            path=path, digest=digest, px_per_mm=scale, window_mm=self.window_mm, mirror=mirror
+            path=path, digest=found, px_per_mm=scale, window_mm=self.window_mm, mirror=mirror
         )
 
 

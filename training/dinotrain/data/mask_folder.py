@@ -10,7 +10,6 @@ Source: METHODS C (classes, ignore index, split 80 : 10 : 10 stratified by defec
 """
 
 import csv
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -31,6 +30,7 @@ from dinotrain.data.mask_dataset import (
 )
 from dinotrain.data.masks import IGNORE, read_mask
 from dinotrain.data.origin import read_origin
+from dinotrain.digests import digest
 from dinotrain.errors import DataError
 
 SHOWN = 10
@@ -237,8 +237,8 @@ def _check_pair(
         stem=stem,
         image=image,
         mask=mask,
-        image_digest=_digest(image),
-        mask_digest=_digest(mask),
+        image_digest=digest(image),
+        mask_digest=digest(mask),
         size=(ids.shape[0], ids.shape[1]),
         pixels=tuple(counts[:classes]),
         ignored=counts[IGNORE],
@@ -387,8 +387,3 @@ def _short(path: Path, file: Path) -> str:
 def _bare(error: DataError, file: Path) -> str:
     """Return the message without the file, which the list of problems names already."""
     return str(error).removeprefix(f"{file}: ").replace(str(file), file.name)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dinotrain.data.origin import STAMP
 from dinotrain.errors import DataError
-
-STAMP = "dataset.json"
 
 
 def claim(out: Path, **facts: Any) -> None:
