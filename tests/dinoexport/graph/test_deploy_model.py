@@ -10,10 +10,9 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 
 from dinoexport.errors import BuildError
+from dinoexport.graph.deploy_backbones import fold_normalisation_, fold_scales_
 from dinoexport.graph.deploy_model import (
     DeployModel,
-    fold_normalisation_,
-    fold_scales_,
     round_weights_,
 )
 from dinotrain.backbones.vit import Block, ViTConfig, swiglu_hidden_dim
