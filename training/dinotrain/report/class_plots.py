@@ -73,8 +73,8 @@ def confusion_matrix(matrix: ArrayLike, names: Sequence[str], what: str = "sampl
     right = int(np.trace(counts))
     return Figure(
         data=draw_svg(paint),
-        caption=f"Confusion: rows are true, columns predicted. {cells}The darker, the larger the "
-        "share.",
+        caption=f"Confusion: rows are true, columns predicted. {cells}The stronger the "
+        "blue, the larger the share.",
         alt=f"Confusion matrix of {len(names)} classes: {right} of {int(counts.sum())} {what} are "
         "on the diagonal",
     )
@@ -96,10 +96,11 @@ def _cells(axes: "Axes", counts: NDArray[np.int64], shares: NDArray[np.float64])
         if len(number) > (6 if large else 4):
             number = compact(int(counts[row, column]))
         size = 8.5 if large else 7.5
-        axes.text(column, row - 0.14, number, ha="center", va="center", color=ink, fontsize=size)
+        look = {"ha": "center", "va": "center", "color": ink, "in_layout": False}
+        axes.text(column, row - 0.14, number, fontsize=size, **look)
         label = "<1" if share < 0.005 else f"{100 * share:.0f}"
         label += " %" if large else ""
-        axes.text(column, row + 0.24, label, ha="center", va="center", color=ink, fontsize=6.5)
+        axes.text(column, row + 0.24, label, fontsize=6.5, **look)
     lines = np.arange(len(counts) + 1) - 0.5
     axes.hlines(lines, -0.5, len(counts) - 0.5, color=RULE, linewidth=0.5)
     axes.vlines(lines, -0.5, len(counts) - 0.5, color=RULE, linewidth=0.5)

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dinotrain.errors import ShapeError
 from dinotrain.report.palette import INK, QUIET, RULE, THEMED
+from dinotrain.report.text import clean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,6 +73,7 @@ def draw_svg(paint: "Callable[[Figure], None]") -> bytes:
     """
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     # A user's own style file must change no report; what concerns windows is left alone.
     defaults = {
@@ -87,6 +89,8 @@ def draw_svg(paint: "Callable[[Figure], None]") -> bytes:
         # One inch: places of axes, which are given as shares of it, are inches then.
         figure = Figure(figsize=(1, 1))
         paint(figure)
+        for text in figure.findobj(Text):
+            text.set_text("\n".join(map(clean, text.get_text().split("\n"))))
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(data, format="svg", metadata=nothing, bbox_inches="tight", pad_inches=0.04)
     text = data.getvalue().decode()
