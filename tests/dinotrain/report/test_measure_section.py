@@ -42,7 +42,7 @@ def section(guess, true, eyes, extra=None, load=None, **options) -> Section:
         TARGETS,
         [f"{e.subject_id}/{e.eye}" for e in eyes],
         load or (lambda index: dict(eyes[index].images)),
-        evaluate_targets(guess, true, true, TARGETS),
+        evaluate_targets(np.nan_to_num(guess, posinf=9), true, true, TARGETS),
         **options,
     )
 

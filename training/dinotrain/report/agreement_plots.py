@@ -33,7 +33,7 @@ MOST_INTERVALS = 120
 
 
 def parity_plot(predicted: ArrayLike, true: ArrayLike, name: str, unit: str) -> Figure:
-    """Draw predicted against true values, with MAE and ICC(2,1) in the corner.
+    """Draw predicted against true values, with MAE and ICC(2,1) above.
 
     Args:
         predicted: (n,), in ``unit``; rows with NaN in either do not count.
@@ -44,11 +44,12 @@ def parity_plot(predicted: ArrayLike, true: ArrayLike, name: str, unit: str) -> 
     guess, y = paired(predicted, true)
     mae = float(np.abs(guess - y).mean()) if len(y) else None
     icc = icc_2_1(guess, y)
-    facts = f"n = {count(len(y))}\nMAE {number(mae)} {unit}\nICC {number(icc)}"
+    facts = f"n = {count(len(y))}, MAE {number(mae)} {unit}, ICC {number(icc)}"
 
     def paint(canvas: "Canvas") -> None:
         axes = add_axes(canvas, SIDE_IN, SIDE_IN)
-        axes.set_title(shorten(name, _NAME_COLUMNS))
+        # Not inside the axes, where it could hide an outlier.
+        axes.set_title(f"{shorten(name, _NAME_COLUMNS)}\n{facts}", linespacing=1.4)
         axes.set_xlabel(f"true, {unit}")
         axes.set_ylabel(f"predicted, {unit}")
         if not len(y):
@@ -57,14 +58,12 @@ def parity_plot(predicted: ArrayLike, true: ArrayLike, name: str, unit: str) -> 
         axes.set(xlim=ends, ylim=ends)
         axes.plot(ends, ends, color=QUIET, linewidth=1, dashes=(4, 3))
         dots(axes, y, guess, BLUE)
-        # Points lie along the diagonal, so this corner is the emptiest.
-        axes.text(0.03, 0.97, facts, transform=axes.transAxes, va="top", linespacing=1.4)
         return None
 
     return Figure(
         data=draw_svg(paint),
         caption=f"{name}: predicted against true. Dashed: perfect agreement.",
-        alt=f"Parity plot of {name}: {facts.replace(chr(10), ', ')}",
+        alt=f"Parity plot of {name}: {facts}",
     )
 
 

@@ -69,7 +69,9 @@ def confusion_matrix(matrix: ArrayLike, names: Sequence[str], what: str = "sampl
         axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5))
         return None
 
-    cells = f"Cells: {what} and their share of the row in percent. " if small else ""
+    cells = f"Cells: {what} and their share of the row in percent. "
+    if not small:
+        cells = "Classes are numbered from 0. "
     right = int(np.trace(counts))
     return Figure(
         data=draw_svg(paint),

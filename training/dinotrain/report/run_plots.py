@@ -178,7 +178,7 @@ def _curve(axes: "Axes", epochs: list[float], values: np.ndarray, colour: str) -
     if len(finite) and finite.min() > 0 and finite.max() > _LOG_FROM * finite.min():
         axes.set_yscale("log")
         _plain(axes.yaxis)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
 
 
 def _plain(axis: "Axis") -> None:
