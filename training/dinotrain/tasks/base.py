@@ -6,7 +6,7 @@ Nothing outside this folder asks which task it has.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dinotrain.heads.pool import Pool
     from dinotrain.model import ModelConfig, TaskModel
     from dinotrain.objectives.base import Objective, Predictions
+    from dinotrain.report.page import Section
     from dinotrain.train_config import TrainConfig
 
     Loaded = tuple[dict[str, Pixels], np.ndarray]
@@ -63,6 +64,20 @@ class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def std_name(self) -> str:
         """Name of the value's standard deviation, with its unit."""
         return f"{self.name}_std_{self.unit}"
+
+
+class Case(NamedTuple):
+    """Predictions of some samples beside the truth, as a report asks a task about them."""
+
+    config: "ModelConfig"
+    predicted: "Predictions"
+    true: "np.ndarray"
+    """What ``Task.truth`` gives."""
+    names: list[str]
+    load: "Callable[[int], dict[str, Pixels]]"
+    """Number of a sample → its pictures, {input: (H, W, 3) uint8}."""
+    metrics: Any
+    """What ``Task.evaluate`` gives."""
 
 
 class Branch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -197,6 +212,10 @@ class Task(ABC):
             reference: (m, labels), labels that were trained on: what a model must beat.
             classes: names, where the task has classes.
         """
+
+    @abstractmethod
+    def section(self, case: Case) -> "Section":
+        """Return the part of a report about some predictions."""
 
     @abstractmethod
     def draw(
