@@ -76,4 +76,4 @@ class ClassMapDecoder(nn.Module):
 
     def forward(self, logits: Tensor) -> dict[str, Tensor]:
         """(B, classes, H, W) → ``class_map`` (B, H, W) int32, class ids."""
-        return {"class_map": logits.float().argmax(dim=1).to(torch.int32)}
+        return {"class_map": logits.argmax(dim=1).to(torch.int32)}

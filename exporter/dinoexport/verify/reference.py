@@ -34,7 +34,9 @@ ROUNDED_PRECISIONS = ("fp16",)
 
 
 class Norm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One LayerNorm as it runs: its epsilon, and the first tap that it reaches (or ``head``).
+    """One LayerNorm or GroupNorm as it runs: its epsilon, and the first tap that it reaches.
+
+    ``layer`` is that tap, or ``head`` behind the last one.
 
     ``repeated`` says that an earlier one read the same values, so that a converter may compute it
     once for both: the members of an ensemble do.
@@ -86,7 +88,7 @@ class Reference:
         return {name: images[index] for name, images in self.inputs.items()}
 
     def norms(self, precision: str) -> list[Norm]:
-        """Every LayerNorm in running order, its epsilon rounded to a precision."""
+        """Every such norm in running order, its epsilon rounded to a precision."""
         if precision not in self.rounded:
             return list(self.info.norms)
         return [
@@ -242,7 +244,7 @@ def _positions(deploy: DeployModel, device: torch.device) -> dict[str, np.ndarra
 
 
 def _norms(deploy: DeployModel, device: torch.device) -> tuple[Norm, ...]:
-    """Every LayerNorm in running order, with its unrounded epsilon."""
+    """Every LayerNorm and GroupNorm in running order, with its unrounded epsilon."""
     layers = [*deploy.tap_names, "head"]
     found: list[Norm] = []
     read: list[tuple[float, Tensor]] = []
@@ -256,7 +258,7 @@ def _norms(deploy: DeployModel, device: torch.device) -> tuple[Norm, ...]:
     hooks = [
         module.register_forward_pre_hook(note)
         for module in deploy.modules()
-        if isinstance(module, nn.LayerNorm)
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm)
     ]
     image = torch.zeros(1, 3, *deploy.image_size, device=device)
     deploy.run(tuple(image for _ in deploy.input_names))
