@@ -87,8 +87,7 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True):
 
     def labels(self, targets: Sequence[str]) -> NDArray[np.float64]:
         """(samples, targets), NaN where there is no label."""
-        rows = [[sample.values.get(name, math.nan) for name in targets] for sample in self.samples]
-        return np.array(rows, dtype=np.float64).reshape(len(rows), len(targets))
+        return label_table(self.samples, targets)
 
     def class_counts(self) -> dict[str, int]:
         """Samples per class, {name: count}; with masks, samples that show the class at all.
@@ -125,6 +124,12 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True):
 def share_names(classes: Sequence[str]) -> tuple[str, ...]:
     """Return the name of the value that holds a class's share of a mask, class by class."""
     return tuple(f"share of {name}" for name in classes)
+
+
+def label_table(samples: Sequence[Sample], targets: Sequence[str]) -> NDArray[np.float64]:
+    """(samples, targets), NaN where there is no label."""
+    rows = [[sample.values.get(name, math.nan) for name in targets] for sample in samples]
+    return np.array(rows, dtype=np.float64).reshape(len(rows), len(targets))
 
 
 def load_image(image: ImageRef, image_size: tuple[int, int]) -> Pixels:
