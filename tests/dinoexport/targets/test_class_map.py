@@ -78,7 +78,7 @@ class Segmenter(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(1, 3, H, W) of 0..255 → class map and logits."""
         tap = self.patches(pixels)
-        logits = self.head([tap, -tap, tap])
+        logits = self.head({"image": [tap, -tap, tap]})
         return self.decoder(logits)["class_map"], logits
 
 
