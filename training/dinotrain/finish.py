@@ -50,7 +50,7 @@ def write_model(
         parts = [model.pool, model.head, model.placeholders, model.decoder]
         for part in [*parts, model.backbone] if live else parts:
             round_to_half_(part)
-    reference = dataset.split("train").labels(model.task.labels)
+    reference = dataset.split("train").labels(model.task.label_names(dataset.classes))
     judged = {
         name: _judge(model, source, part, reference, live)
         for name in ("val", "test")

@@ -55,7 +55,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     config = decide(config, backbone)
     model = build_model(config, backbone, dataset.classes).to(fabric.device)
     objective = task.objective(config, model)
-    objective.check(dataset.split("train").labels(task.labels))
+    objective.check(dataset.split("train").labels(task.label_names(dataset.classes)))
     digest = weights_digest(model.backbone, model.config.backbone)
     source = open_source(config, model, dataset, fabric, report)
     identity = {"data": dataset.fingerprint, "backbone": digest}
@@ -174,15 +174,16 @@ def evaluate(
     model.to(pick_device(device))
     seed = config.training.get("seed", 0)
     dataset = model.task.read(data, image_size=config.image_size, seed=seed)
-    names = ("train", "val", "test") if split == "all" else (split,)
-    chosen = dataset.split(*names)
+    splits = ("train", "val", "test") if split == "all" else (split,)
+    chosen = dataset.split(*splits)
     if not chosen.samples:
         raise DataError(f"{data}: no sample is in the split '{split}'. Name another one, or 'all'.")
     store = FeatureStore(model, cache or default_cache())
     store.prepare(chosen, progress or silent)
     _check_classes(dataset, config, data)
     baseline = config.training.get("baseline", {})
-    reference = np.array([[baseline.get(name, math.nan) for name in model.task.labels]])
+    names = model.task.label_names(config.classes)
+    reference = np.array([[baseline.get(name, math.nan) for name in names]])
     predicted = predict(model, store, chosen.samples)
     true = model.task.truth(chosen.samples, config.image_size)
     return {

@@ -120,7 +120,7 @@ class Run:
         self.live = config.mode == "finetune"
         self.samples = dataset.split("train").samples
         self.held = dataset.split("val").samples
-        objective.start_(dataset.split("train").labels(model.task.labels))
+        objective.start_(dataset.split("train").labels(model.task.label_names(dataset.classes)))
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         optimizer = build_optimizer(config, model)
         self.rates = [group["lr"] for group in optimizer.param_groups]

@@ -94,7 +94,7 @@ def round_weights_(model: DeployModel, precision: str) -> DeployModel:
             )
         weight.copy_(rounded)
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm):
             # Core ML stores epsilon in half precision too: 1e-6 becomes 1.0133e-6.
             module.eps = float(torch.tensor(module.eps).half())
     return model

@@ -34,7 +34,9 @@ DEPLOYED_PRECISIONS = ("fp32", "fp16")
 
 
 class Norm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One LayerNorm as it runs: its epsilon, and the first tap that it reaches (or ``head``).
+    """One LayerNorm or GroupNorm as it runs: its epsilon, and the first tap that it reaches.
+
+    ``layer`` is that tap, or ``head`` behind the last one.
 
     ``optional`` says that a converter may leave it out: an earlier one reads the same values (the
     members of an ensemble do), or it reads no picture at all (the queries of a decoder).
@@ -86,7 +88,7 @@ class Reference:
         return {name: images[index] for name, images in self.inputs.items()}
 
     def norms(self, precision: str) -> list[Norm]:
-        """Every LayerNorm in running order, its epsilon rounded to a precision."""
+        """Every such norm in running order, its epsilon rounded to a precision."""
         if precision == "fp32":
             return list(self.info.norms)
         return [
@@ -240,7 +242,7 @@ def _positions(deploy: DeployModel, device: torch.device) -> dict[str, np.ndarra
 
 
 def _norms(deploy: DeployModel, device: torch.device) -> tuple[Norm, ...]:
-    """Every LayerNorm in running order, with its unrounded epsilon."""
+    """Every LayerNorm and GroupNorm in running order, with its unrounded epsilon."""
     layers = [*deploy.tap_names, "head"]
     runs: list[list[tuple[Norm, Tensor]]] = []
 

@@ -4,7 +4,7 @@ Nothing outside this folder asks which task it has.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -95,7 +95,7 @@ class Task(ABC):
     summary: str
     inputs: tuple[TaskInput, ...]
     labels: tuple[str, ...]
-    """Names of the values that a sample is labelled with."""
+    """Names of the values that a sample is labelled with, where these are the same in all data."""
     heads: "tuple[HeadKind, ...]"
     """Kinds of heads that fit; the first is the default."""
     truth_moves: bool = False
@@ -109,6 +109,16 @@ class Task(ABC):
     budgets: dict[str, float]
     """Largest error per precision that parity accepts, in ``error_unit``."""
     error_unit: str
+    presets: "Mapping[str, Mapping[str, Any]]" = {}  # noqa: RUF012
+    """Recipes by name, {name: {field of ``TrainConfig``: value}}."""
+
+    def label_names(self, classes: "Sequence[str]") -> tuple[str, ...]:
+        """Return the names of the values that a sample is labelled with.
+
+        Args:
+            classes: of the data or of the model.
+        """
+        return self.labels
 
     @abstractmethod
     def outputs(self, config: "ModelConfig") -> tuple[OutputSpec, ...]:

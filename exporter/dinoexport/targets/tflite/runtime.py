@@ -12,7 +12,7 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from dinoexport.errors import BundleError
-from dinoexport.targets.base import RunResult, Runtime
+from dinoexport.targets.base import RunResult, Runtime, plain
 
 CHANNELS_LAST = "channels-last:"
 """Before a tap's tensor name: it holds (B, H, W, C) where the reference has (B, C, H, W)."""
@@ -74,7 +74,7 @@ class TfliteRuntime(Runtime):
         """See Runtime.run."""
         outputs = self._runner(**{name: image[np.newaxis] for name, image in images.items()})
         taps = {tap: self._tap(tap, index) for tap, index in self._taps.items()}
-        return RunResult({n: np.array(outputs[n], np.float32) for n in self._order}, taps)
+        return RunResult({n: plain(outputs[n]).copy() for n in self._order}, taps)
 
     def count_operations(self) -> dict[str, int]:
         """Operators by type, without the delegate's own."""
@@ -128,9 +128,10 @@ def gelu_forms(path: Path) -> set[str]:
 
 
 def norm_epsilons(path: Path) -> list[float]:
-    """Return the epsilon of each LayerNorm, in running order.
+    """Return the epsilon of each LayerNorm and GroupNorm, in running order.
 
-    TFLite has no such operator: the converter writes rsqrt(variance + epsilon) and no other RSQRT.
+    TFLite has no such operators: the converter writes rsqrt(variance + epsilon) and no other RSQRT,
+    for a GroupNorm with a RESHAPE in between.
 
     Raises:
         BundleError: it is no flatbuffer, or an RSQRT reads no such sum.
@@ -142,7 +143,10 @@ def norm_epsilons(path: Path) -> list[float]:
         for operator in graph.operators:
             if _kind(model, operator) != schema.BuiltinOperator.RSQRT:
                 continue
-            sources = [int(i) for i in producers[int(operator.inputs[0])].inputs]
+            source = producers[int(operator.inputs[0])]
+            while _kind(model, source) == schema.BuiltinOperator.RESHAPE:
+                source = producers[int(source.inputs[0])]
+            sources = [int(i) for i in source.inputs]
             constants = [i for i in sources if i not in producers]
             if len(constants) != 1:
                 raise BundleError(f"{path}: an RSQRT follows no sum with a constant")
