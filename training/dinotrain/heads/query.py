@@ -170,6 +170,15 @@ class QueryHead(nn.Module):
         """Weights of the output layers, one (targets, width, dim): all read the same space."""
         return [torch.stack([output.weight for output in self.outputs])]  # type: ignore[arg-type]
 
+    def hidden_weights(self) -> list[Tensor]:
+        """Weights of all linear layers before the output layers, (out, in) each."""
+        outputs = set(self.outputs)
+        return [
+            layer.weight
+            for layer in self.modules()
+            if isinstance(layer, nn.Linear) and layer not in outputs
+        ]
+
     @torch.no_grad()
     def set_output_bias_(self, bias: Tensor) -> None:
         """Set the output biases, (targets, width), in place: where training starts."""
