@@ -3,7 +3,7 @@
 Source: METHODS D.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
@@ -126,6 +126,7 @@ class ClassifyTask(Task):
         true: "np.ndarray",
         reference: "np.ndarray",
         classes: tuple[str, ...] = (),
+        subjects: Sequence[Hashable] = (),
     ) -> Any:
         """Accuracy and its kin, with the row of the majority class."""
         import numpy as np
