@@ -198,6 +198,15 @@ class QueryHead(nn.Module):
         if isinstance(first, QueryLayer):
             self.layers[0] = FoldedLayer(first.eval(), self.queries)
 
+    def hidden_weights(self) -> list[Tensor]:
+        """Weights of all linear layers before the output layers, (out, in) each."""
+        outputs = set(self.outputs)
+        return [
+            layer.weight
+            for layer in self.modules()
+            if isinstance(layer, nn.Linear) and layer not in outputs
+        ]
+
     @torch.no_grad()
     def set_output_bias_(self, bias: Tensor) -> None:
         """Set the output biases, (targets, width), in place: where training starts."""

@@ -3,7 +3,7 @@
 Source: METHODS C.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -176,6 +176,7 @@ class SegmentTask(Task):
         true: "np.ndarray",
         reference: "np.ndarray",
         classes: tuple[str, ...] = (),
+        subjects: Sequence[Hashable] = (),
     ) -> Any:
         """Overlap, instances and outlines, with the row of the commonest training class."""
         from dinotrain.metrics.segmentation import SegmentationMeter
