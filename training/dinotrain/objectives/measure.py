@@ -81,8 +81,8 @@ class MeasureObjective(Objective):
         self.bit_weights = weights.to(decoder.low.device)
         if config.orthogonality == "so" and not head.hidden_weights():
             raise UsageError(
-                "orthogonality 'so' is of hidden layers, and this head has none. Use task or none, or "
-                "another head."
+                "orthogonality 'so' is of hidden layers, and this head has none. Use task or "
+                "none, or another head."
             )
 
     def check(self, labels: Values) -> None:
