@@ -5,13 +5,14 @@ Cost does not depend on what the weights are, and no download is needed.
 
 import sys
 from pathlib import Path
+from typing import cast
 
 
 def write(path: Path) -> Path:
     """Write the checkpoint: dinov2_vits14 at 224, an MLP head, every weight random."""
     import torch
 
-    from dinotrain.backbones.vit import VARIANTS, init_weights_
+    from dinotrain.backbones.vit import VARIANTS, VisionTransformer, init_weights_
     from dinotrain.checkpoint import CheckpointConfig, save_checkpoint
     from dinotrain.heads.branch import HeadConfig
     from dinotrain.model import TaskModel
@@ -26,7 +27,7 @@ def write(path: Path) -> Path:
         notice="Random weights.",
     )
     model = TaskModel(config)
-    init_weights_(model.backbone)
+    init_weights_(cast(VisionTransformer, model.backbone))
     with torch.no_grad():
         for parameter in model.parameters():
             # Biases and scales start at 0 and 1, which a converter may fold away.

@@ -3,6 +3,8 @@
 from dinoexport.embedded import EMBEDDED
 from dinoexport.targets.table import TABLE as TARGETS
 from dinoexport.targets.table import get_target
+from dinotrain.backbones.convnets.config import CONVNETS
+from dinotrain.backbones.convnets.published import REPOSITORIES
 from dinotrain.backbones.vit import VARIANTS
 from dinotrain.tasks import TABLE as TASKS
 from dinotrain.tasks import get_task
@@ -13,6 +15,11 @@ def catalogue() -> dict[str, dict[str, str]]:
     backbones = {
         name: f"{v.depth} blocks of {v.embed_dim}, {v.registers or 'no'} registers"
         for name, v in VARIANTS.items()
+    }
+    backbones |= {
+        name: f"{c.family}, taps of {', '.join(map(str, c.tap_channels.values()))} channels"
+        + ("" if name in REPOSITORIES else ", no published weights")
+        for name, c in CONVNETS.items()
     }
     return {
         "tasks": {name: get_task(name).summary for name in TASKS},

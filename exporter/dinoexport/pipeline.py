@@ -145,19 +145,21 @@ def _short(backbone: str) -> str:
 def _resize(config: CheckpointConfig, size: tuple[int, int] | None, path: Path) -> CheckpointConfig:
     if size is None or size == config.image_size:
         return config
-    patch = config.backbone.patch_size
-    if any(side < patch or side % patch for side in size):
-        bad = next(side for side in size if side < patch or side % patch)
-        below = max(bad // patch, 1) * patch
+    asked = f"{path.name} was trained for image size {config.image_size[0]}, and --image-size"
+    step, least = config.backbone.size_step, config.backbone.least_size
+    bad = next((side for side in size if side < least or side % step), None)
+    if bad is not None and step > 1:
+        below = max(bad // step, 1) * step
         raise CheckpointError(
-            f"{path.name} was trained for image size {config.image_size[0]}, and --image-size "
-            f"{bad} is not a multiple of the patch size {patch}. "
-            f"Use {below} or {below + patch}."
+            f"{asked} {bad} is not a multiple of the patch size {step}. "
+            f"Use {below} or {below + step}."
         )
+    if bad is not None:
+        raise CheckpointError(f"{asked} {bad} is under {least}. Use {least} or more.")
     if max(size) > 1036:
         raise CheckpointError(
             f"--image-size {max(size)} is over 1036, twice what DINOv2 was trained at. "
-            "Use a smaller multiple of 14."
+            "Use a smaller one."
         )
     return msgspec.structs.replace(config, image_size=size)
 

@@ -131,7 +131,7 @@ def test_an_unknown_key_in_the_config(saved):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("text", ["[]", "7", "{", '{"format_version": 1}'])
+@pytest.mark.parametrize("text", ["[]", "7", "{", '{"format_version": 2}'])
 def test_a_config_that_is_none(saved, text):
     _, path = saved
     rewrite(path, {"config": text})

@@ -1,10 +1,12 @@
 """The feature cache: exact, keyed by everything that counts, and suspicious of its own files."""
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
 from dinotrain.backbones import load_backbone
+from dinotrain.data.augment import sample_stream
 from dinotrain.data.dataset import Dataset
 from dinotrain.errors import DataError, UsageError, WeightsError
 from dinotrain.features import FeatureStore, default_cache
@@ -44,28 +46,36 @@ def count(dataset: Dataset) -> int:
     return sum(len(sample.images) for sample in dataset.samples)
 
 
-def first_image(dataset):
-    return dataset.samples[0].images["primary"]
+def first(dataset):
+    return dataset.samples[0], "primary"
+
+
+def with_image(sample, **changes):
+    """The sample with another primary picture."""
+    image = msgspec.structs.replace(sample.images["primary"], **changes)
+    return msgspec.structs.replace(sample, images=sample.images | {"primary": image})
 
 
 def test_features_are_what_the_model_extracts(model, dataset, tmp_path):
     store = FeatureStore(model, tmp_path)
     store.prepare(dataset)
     assert store.computed == count(dataset) > 8
-    image = first_image(dataset)
-    pixels = torch.from_numpy(dataset.load(image)).permute(2, 0, 1).unsqueeze(0)
-    assert torch.equal(store.get(image), model.extract(pixels)[0])
+    sample, name = first(dataset)
+    pixels = torch.from_numpy(dataset.load(sample.images[name])).permute(2, 0, 1).unsqueeze(0)
+    (found,) = store.get(sample, name)
+    (wanted,) = model.extract(pixels)
+    assert torch.equal(found, wanted[0])
 
 
 def test_a_second_run_computes_nothing(model, dataset, tmp_path):
-    first = FeatureStore(model, tmp_path)
-    first.prepare(dataset)
+    before = FeatureStore(model, tmp_path)
+    before.prepare(dataset)
     told = []
     again = FeatureStore(model, tmp_path)
     again.prepare(dataset, lambda *args: told.append(args))
     assert again.computed == 0
     assert told == [("features", count(dataset), count(dataset), f"{count(dataset)} cached")]
-    assert torch.equal(first.get(first_image(dataset)), again.get(first_image(dataset)))
+    assert torch.equal(before.get(*first(dataset))[0], again.get(*first(dataset))[0])
 
 
 @pytest.mark.parametrize(
@@ -78,22 +88,58 @@ def test_a_second_run_computes_nothing(model, dataset, tmp_path):
     ids=["size", "kind", "mean"],
 )
 def test_another_model_has_another_key(model, dataset, tiny_backbone, tmp_path, change):
-    image = first_image(dataset)
     other = build(tiny_backbone, **change)
-    assert FeatureStore(other, tmp_path).key(image) != FeatureStore(model, tmp_path).key(image)
+    before = FeatureStore(model, tmp_path).key(*first(dataset))
+    assert FeatureStore(other, tmp_path).key(*first(dataset)) != before
 
 
 def test_weights_and_crops_have_their_own_key(model, dataset, tmp_path):
-    image = first_image(dataset)
-    before = FeatureStore(model, tmp_path).key(image)
-    for change in ({"px_per_mm": 2.0}, {"mirror": not image.mirror}, {"digest": "0"}):
-        other = msgspec.structs.replace(image, **change)
-        assert FeatureStore(model, tmp_path).key(other) != before
-    moved = msgspec.structs.replace(image, path=tmp_path / "elsewhere.png")
-    assert FeatureStore(model, tmp_path).key(moved) == before
+    sample, name = first(dataset)
+    before = FeatureStore(model, tmp_path).key(sample, name)
+    mirrored = not sample.images[name].mirror
+    for change in ({"px_per_mm": 2.0}, {"mirror": mirrored}, {"digest": "0"}):
+        assert FeatureStore(model, tmp_path).key(with_image(sample, **change), name) != before
+    moved = with_image(sample, path=tmp_path / "elsewhere.png")
+    assert FeatureStore(model, tmp_path).key(moved, name) == before
     with torch.no_grad():
         model.backbone.cls_token += 1e-3
-    assert FeatureStore(model, tmp_path).key(image) != before
+    assert FeatureStore(model, tmp_path).key(sample, name) != before
+
+
+def test_each_draw_of_the_augmentation_has_its_own_entry(model, dataset, tmp_path):
+    sample, name = first(dataset)
+    store = FeatureStore(model, tmp_path, copies=2, seed=3)
+    keys = {store.key(sample, name, copy) for copy in range(3)}
+    keys |= {FeatureStore(model, tmp_path, copies=2, seed=4).key(sample, name, 1)}
+    assert len(keys) == 4
+    # The picture as it is is one entry, whatever is drawn beside it.
+    assert store.key(sample, name) == FeatureStore(model, tmp_path).key(sample, name)
+
+
+def test_copies_are_of_training_pictures_alone_and_take_turns(model, dataset, tmp_path):
+    store = FeatureStore(model, tmp_path, copies=2, seed=3)
+    store.prepare(dataset)
+    train = dataset.split("train")
+    assert store.computed == count(dataset) + 2 * count(train)
+    epochs = [store.batch(train.samples, epoch=e).inputs["primary"][0] for e in (None, 1, 2, 3)]
+    assert torch.equal(epochs[1], epochs[3])
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(epochs[one], epochs[other])
+    # One draw is the task's own change of the picture, from the sample's own stream.
+    sample = train.samples[0]
+    pixels, _ = model.task.load(sample, (28, 28), sample_stream(3, 1, sample.name))
+    image = torch.from_numpy(pixels["primary"].copy()).permute(2, 0, 1).unsqueeze(0)
+    assert torch.equal(model.extract(image)[0][0], epochs[1][0])
+
+
+def test_shards_are_disjoint_and_whole(model, dataset, tmp_path):
+    parts = [FeatureStore(model, tmp_path) for _ in range(3)]
+    for rank, store in enumerate(parts):
+        store.prepare(dataset, shard=(rank, 3))
+    assert sum(store.computed for store in parts) == count(dataset)
+    whole = FeatureStore(model, tmp_path)
+    whole.prepare(dataset)
+    assert whole.computed == 0
 
 
 def flip_a_bit(path):
@@ -114,17 +160,16 @@ def flip_a_bit(path):
     ids=["empty", "partial", "one bit", "text", "gone"],
 )
 def test_a_damaged_entry_is_computed_again(model, dataset, tmp_path, damage):
-    image = first_image(dataset)
     store = FeatureStore(model, tmp_path)
     store.prepare(dataset)
-    wanted = store.get(image)
-    damage(store.entry(image))
+    (wanted,) = store.get(*first(dataset))
+    damage(store.entry(*first(dataset)))
     again = FeatureStore(model, tmp_path)
     again.prepare(dataset)
     assert again.computed == 1
-    assert torch.equal(again.get(image), wanted)
+    assert torch.equal(again.get(*first(dataset))[0], wanted)
     fresh = FeatureStore(model, tmp_path)
-    assert torch.equal(fresh.get(image), wanted)
+    assert torch.equal(fresh.get(*first(dataset))[0], wanted)
     assert fresh.computed == 0
     assert not list(tmp_path.rglob("*.part"))
 
@@ -133,20 +178,21 @@ def test_features_beyond_memory_come_from_disk(model, dataset, tmp_path, monkeyp
     monkeypatch.setattr("dinotrain.features.MEMORY_BYTES", 0)
     store = FeatureStore(model, tmp_path)
     store.prepare(dataset)
-    features, _ = store.batch(dataset.samples)
+    features = store.batch(dataset.samples).inputs
     monkeypatch.undo()
-    wanted, _ = FeatureStore(model, tmp_path).batch(dataset.samples)
-    assert all(torch.equal(features[name], wanted[name]) for name in wanted)
+    wanted = FeatureStore(model, tmp_path).batch(dataset.samples).inputs
+    assert all(torch.equal(features[name][0], wanted[name][0]) for name in wanted)
     assert store.computed == count(dataset)
 
 
 def test_missing_and_withheld_pictures_are_zeros(model, dataset, tmp_path):
     store = FeatureStore(model, tmp_path)
-    features, present = store.batch(dataset.samples, lambda index, name: index == 0)
+    features, present, truth = store.batch(dataset.samples, lambda index, name: index == 0)
     # Sample 6 has no up- and no down-gaze; the primary gaze is never withheld.
     assert present["primary"].all()
     assert present["up"].tolist() == [False, True, True, True, True, True, False, True]
-    assert torch.equal(features["up"].abs().sum(1) > 0, present["up"])
+    assert torch.equal(features["up"][0].abs().sum(1) > 0, present["up"])
+    np.testing.assert_array_equal(truth, dataset.labels(model.task.labels))
 
 
 def test_unreadable_pictures_are_reported_together(model, dataset, tiny_eyes, tmp_path):
@@ -155,8 +201,7 @@ def test_unreadable_pictures_are_reported_together(model, dataset, tiny_eyes, tm
         path = tmp_path / f"broken{number}.png"
         raw = (tiny_eyes / "0_primary.png").read_bytes()
         path.write_bytes(raw[: len(raw) // 2])
-        image = msgspec.structs.replace(first_image(dataset), path=path, digest=str(number))
-        broken.append(msgspec.structs.replace(dataset.samples[0], images={"primary": image}))
+        broken.append(with_image(dataset.samples[0], path=path, digest=str(number)))
     bad = msgspec.structs.replace(dataset, samples=tuple(broken))
     with pytest.raises(DataError, match=r"(?s)broken0.png.*truncated.*broken1.png"):
         FeatureStore(model, tmp_path / "cache").prepare(bad)
@@ -179,7 +224,7 @@ def test_features_are_taken_in_full_float32(model, dataset, tmp_path, monkeypatc
         return extract(pixels)
 
     monkeypatch.setattr(model, "extract", spy)
-    FeatureStore(model, tmp_path).get(first_image(dataset))
+    FeatureStore(model, tmp_path).get(*first(dataset))
     assert seen == [False]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinotrain import fit
+from dinotrain import fit, loop
 from dinotrain.backbones import load_backbone
 from dinotrain.checkpoint import load_checkpoint, read_config
 from dinotrain.digests import digest
@@ -110,7 +110,7 @@ def test_stored_metrics_are_those_of_the_stored_weights(config, tiny_eyes, cache
         errors.append(model(pixels)["mrd1_mm"].item() - sample.values["mrd1"])
     full = tuple(s for s in dataset.samples if len(s.images) == 3)
     store = fit.FeatureStore(model, cache)
-    cached = fit.predict(model, store, full)[:, 0] - [s.values["mrd1"] for s in full]
+    cached = fit.predict(model, store, full)["mrd1_mm"] - [s.values["mrd1"] for s in full]
     # Same float32 operations, batch 1 against batch 6.
     np.testing.assert_allclose(errors, cached, atol=1e-4)
 
@@ -292,14 +292,14 @@ def test_the_best_weights_are_kept(config, tiny_eyes, cache):
 def spoil(monkeypatch, after: int):
     """Make the loss NaN from some batch on: the planted fault."""
     calls = {"count": 0}
-    true_loss = fit._Run._loss
+    true_loss = loop.Run._loss
 
     def loss(self, *args):
         calls["count"] += 1
         value = true_loss(self, *args)
         return value * float("nan") if calls["count"] > after else value
 
-    monkeypatch.setattr(fit._Run, "_loss", loss)
+    monkeypatch.setattr(loop.Run, "_loss", loss)
 
 
 def test_a_nan_loss_keeps_the_last_good_weights(config, monkeypatch, tmp_path):
@@ -324,13 +324,13 @@ def test_a_nan_loss_at_once_is_an_error_and_leaves_the_output(config, monkeypatc
 
 def test_a_last_batch_that_ruins_the_weights_is_noticed(config, monkeypatch):
     """The loss is finite, its gradient is not: 0 · ∞ in the derivative of a square root."""
-    true_loss = fit._Run._loss
+    true_loss = loop.Run._loss
 
     def loss(self, *args):
         (weight,) = list(self.model.placeholders.values())[:1]
         return true_loss(self, *args) + (0 * weight).sqrt().sum()
 
-    monkeypatch.setattr(fit._Run, "_loss", loss)
+    monkeypatch.setattr(loop.Run, "_loss", loss)
     with pytest.raises(UsageError, match="weights are not finite after epoch 1, batch 1"):
         train(change(config, batch_size=32))
 

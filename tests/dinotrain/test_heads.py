@@ -1,13 +1,18 @@
 """Heads and pools: shapes, members, and the pyramid against a slow reading of METHODS B6."""
 
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from dinotrain.backbones.convnets.config import CONVNETS
+from dinotrain.backbones.convnets.table import build_convnet
 from dinotrain.backbones.vit import VisionTransformer, ViTConfig, init_weights_
 from dinotrain.errors import UsageError
-from dinotrain.heads.branch import BranchHead, BranchSpec, HeadConfig
-from dinotrain.heads.pool import ClsPool, FeatureConfig, LateralPyramid, build_pool
+from dinotrain.heads.branch import BranchHead, BranchSpec, HeadConfig, HeadKind
+from dinotrain.heads.build import accepted_features, choose_features
+from dinotrain.heads.pool import ClsPool, FeatureConfig, build_pool
 
 TINY = ViTConfig(name="tiny", embed_dim=16, depth=4, heads=2, ffn_dim=32, grid=(3, 3))
 BRANCHES = [BranchSpec("mrd", 6, 2), BranchSpec("lf", 9, 1)]
@@ -54,7 +59,7 @@ def test_an_ensemble_of_one_is_refused():
 
 def test_cls_mean_is_cls_and_the_mean_patch(backbone):
     images = torch.randn(2, 3, 42, 42)
-    found = ClsPool(TINY).extract(backbone, images)
+    (found,) = ClsPool(TINY).extract(backbone, images)
     tokens = backbone.norm(
         backbone.blocks[3](
             backbone.blocks[2](backbone.blocks[1](backbone.blocks[0](backbone.tokens(images))))
@@ -68,14 +73,13 @@ def test_the_pyramid_sums_top_down(backbone):
     config = FeatureConfig(kind="pyramid", taps=(0, 1, 2, 3), tap_norm="none")
     torch.manual_seed(1)
     pool = build_pool(TINY, config, (42, 42))
-    assert isinstance(pool, LateralPyramid)
     features = pool.extract(backbone, torch.randn(2, 3, 42, 42))
-    assert features.shape == (2, 4, 9, 16)
-    maps = [pool.lateral[i](features[:, i].transpose(1, 2).reshape(2, 16, 3, 3)) for i in range(4)]
+    assert [tuple(x.shape) for x in features] == [(2, 16, 3, 3)] * 4
+    maps = [pool.pyramid.lateral[i](features[i]) for i in range(4)]
     # 3×3 patches: strides ¼, ½, 1, 2 give 12, 6, 3 and 2 (the odd last column has its own cell).
     levels = [
-        pool.up4(maps[0]),
-        pool.up2(maps[1]),
+        pool.pyramid.up4(maps[0]),
+        pool.pyramid.up2(maps[1]),
         maps[2],
         F.max_pool2d(maps[3], 2, 2, 0, 1, True),
     ]
@@ -84,12 +88,82 @@ def test_the_pyramid_sums_top_down(backbone):
         rows = torch.arange(levels[fine].shape[-1]) // 2
         levels[fine] = levels[fine] + levels[coarse][..., rows, :][..., rows]
     wanted = torch.cat(
-        [pool.smooth[i](level).mean(dim=(2, 3)) for i, level in enumerate(levels)], 1
+        [pool.pyramid.smooth[i](level).mean(dim=(2, 3)) for i, level in enumerate(levels)], 1
     )
     torch.testing.assert_close(pool(features), wanted)
     assert pool(features).shape == (2, pool.width)
 
 
 def test_a_pyramid_of_three_taps_is_refused():
-    with pytest.raises(UsageError, match="4 taps, 3"):
+    with pytest.raises(UsageError, match="4 taps, 3 are named: 0, 1, 2"):
         build_pool(TINY, FeatureConfig(kind="pyramid", taps=(0, 1, 2)), (42, 42))
+
+
+def test_own_norms_are_one_per_tap(backbone):
+    config = FeatureConfig(kind="maps", taps=(0, 1, 3), tap_norm="own_ln")
+    pool = build_pool(TINY, config, (42, 42))
+    features = pool.extract(backbone, torch.randn(2, 3, 42, 42))
+    tokens = backbone.taps(torch.randn(1, 3, 42, 42), [0])[0]
+    assert tokens.shape == (1, 9, 16)
+    for found, x in zip(pool(features), features, strict=True):
+        wanted = F.layer_norm(x.permute(0, 2, 3, 1), (16,), eps=TINY.layer_norm_eps)
+        torch.testing.assert_close(found, wanted.permute(0, 3, 1, 2))
+
+
+def test_tokens_are_the_last_normed_map(backbone):
+    pool = build_pool(TINY, FeatureConfig(kind="tokens"), (42, 42))
+    images = torch.randn(2, 3, 42, 42)
+    wanted = backbone(images).patch_tokens
+    assert torch.equal(pool(pool.extract(backbone, images)), wanted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "strides", "shape"),
+    [
+        ("pooled", (), (2, 2048)),
+        ("pyramid", (4, 8, 16, 32), (2, 1024)),
+        ("sfp", (32,), (2, 1024)),
+        ("tokens", (32,), (2, 4, 2048)),
+    ],
+)
+def test_a_cnn_gives_all_kinds_of_features(kind, strides, shape):
+    config = CONVNETS["seresnet50"]
+    pool = build_pool(config, FeatureConfig(kind=kind), (64, 64)).eval()
+    net = build_convnet(config).eval()
+    with torch.no_grad():
+        features = pool.extract(net, torch.randn(2, 3, 64, 64))
+        assert pool(features).shape == shape
+    sides = [64 // stride for stride in strides]
+    assert [x.shape[-1] for x in features if x.ndim == 4] == sides
+
+
+def test_the_maps_of_a_cnn_are_the_three_finest():
+    pool = build_pool(CONVNETS["efficientnet_b0"], FeatureConfig(kind="maps"), (70, 64))
+    assert pool.taps == (4, 8, 16)
+    assert pool.widths == (24, 40, 112)
+    assert pool.grids == ((18, 16), (9, 8), (5, 4))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "kind", "message"),
+    [
+        (CONVNETS["seresnet50"], "cls_mean", "seresnet50 has no CLS token.*Use pooled"),
+        (TINY, "pooled", "tiny has no pooled map. Use cls_mean"),
+    ],
+)
+def test_features_that_a_family_lacks(backbone, kind, message):
+    with pytest.raises(UsageError, match=message):
+        build_pool(backbone, FeatureConfig(kind=kind), (42, 42))
+
+
+@pytest.mark.parametrize("head", get_args(HeadKind))
+def test_a_head_has_features_to_read_on_every_family(head):
+    for backbone in (TINY, CONVNETS["efficientnet_b0"]):
+        config = choose_features(head, None, backbone)
+        assert config.kind in accepted_features(head)
+        build_pool(backbone, config, (42, 42))
+
+
+def test_a_head_refuses_features_that_it_cannot_read():
+    with pytest.raises(UsageError, match="head query cannot read cls features; accepted: tokens"):
+        choose_features("query", FeatureConfig(kind="cls"), TINY)

@@ -211,13 +211,14 @@ def test_standardised_features_train_where_raw_ones_do_not(uneven):
 
 
 def test_columns_of_the_widest_features():
+    vit = ViTConfig(name="tiny", embed_dim=DIM, depth=4, heads=1, ffn_dim=32)
     wide = torch.arange(5 * DIM)
     cls, mean = wide[3 * DIM : 4 * DIM], wide[4 * DIM :]
-    assert torch.equal(_columns("cls", "cls4_mean", DIM), cls)
-    assert torch.equal(_columns("cls_mean", "cls4_mean", DIM), torch.cat((cls, mean)))
-    assert torch.equal(_columns("cls4", "cls4_mean", DIM), wide[: 4 * DIM])
-    assert torch.equal(_columns("cls4_mean", "cls4_mean", DIM), wide)
-    assert torch.equal(_columns("cls", "cls_mean", DIM), wide[:DIM])
+    assert torch.equal(_columns("cls", "cls4_mean", vit), cls)
+    assert torch.equal(_columns("cls_mean", "cls4_mean", vit), torch.cat((cls, mean)))
+    assert torch.equal(_columns("cls4", "cls4_mean", vit), wide[: 4 * DIM])
+    assert torch.equal(_columns("cls4_mean", "cls4_mean", vit), wide)
+    assert torch.equal(_columns("cls", "cls_mean", vit), wide[:DIM])
 
 
 def test_neighbours_against_scikit_learn():

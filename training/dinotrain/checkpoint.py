@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from dinotrain.errors import CheckpointError, DinoError
 from dinotrain.model import ModelConfig, TaskModel
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_HEADER_BYTES = 16 * 2**20
 
 

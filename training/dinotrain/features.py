@@ -1,29 +1,34 @@
 """Frozen features of a data set, computed once per picture and kept on disk.
 
-One file per picture, keyed by everything that its numbers depend on, so that an entry can be
-shared between runs and never be wrong for one. A missing, partial or corrupt entry is computed
-again. Source: METHODS B7.
+One file per picture and draw of its augmentation, keyed by everything that its numbers depend on,
+so that an entry can be shared between runs and never be wrong for one. A missing, partial or
+corrupt entry is computed again. Source: METHODS B7.
 """
 
 import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dinotrain.data.dataset import Dataset, ImageRef, Sample, load_image
+from dinotrain.data.augment import sample_stream
+from dinotrain.data.dataset import Dataset, Sample, load_image
 from dinotrain.errors import DataError, UsageError, WeightsError
+from dinotrain.heads.pool import Features
 from dinotrain.model import TaskModel
+from dinotrain.sources import Batch, Dropped
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 MEMORY_BYTES = 2 * 2**30
 """Features above this sum stay on disk and are read per batch."""
 SHOWN = 10
@@ -69,18 +74,22 @@ class FeatureStore:
     Args:
         model: its backbone and pool compute; eval mode. Moved nowhere: pictures come to its device.
         cache: folder of the entries, made when first written to.
+        copies: of each training picture, each with an augmentation of its own; 0 is none.
+        seed: of the augmentation.
 
     On a CPU pictures go through one by one: then an entry depends on its picture alone, to the last
     bit, whatever else was in the set.
     """
 
-    def __init__(self, model: TaskModel, cache: Path) -> None:
+    def __init__(self, model: TaskModel, cache: Path, copies: int = 0, seed: int = 0) -> None:
         self.model = model
         self.cache = cache
+        self.copies = copies
+        self.seed = seed
         self.backbone_digest = weights_digest(model.backbone, model.config.backbone)
         self.computed = 0
         """Pictures that were not found in the cache."""
-        self._memory: dict[str, Tensor] = {}
+        self._memory: dict[str, Features] = {}
         self._held_bytes = 0
         config = model.config
         self._prefix = msgspec.json.encode(
@@ -94,83 +103,107 @@ class FeatureStore:
             ]
         )
 
-    def key(self, image: ImageRef) -> str:
-        """sha256 over all that the features of a picture depend on, as hex."""
-        parts = (self._prefix, image.digest.encode(), image.crop_key.encode())
+    def key(self, sample: Sample, name: str, copy: int = 0) -> str:
+        """sha256 over all that the features of a picture depend on, as hex.
+
+        Args:
+            sample: whose picture.
+            name: of the input.
+            copy: which draw of the augmentation; 0 is the picture as it is.
+        """
+        image = sample.images[name]
+        parts = [self._prefix, image.digest.encode(), image.crop_key.encode()]
+        if copy:
+            # The draw is the sample's: all its pictures change together.
+            drawn = [self.model.config.task, self.seed, copy, sample.name, sorted(sample.images)]
+            parts.append(msgspec.json.encode(drawn))
         return hashlib.sha256(b"\x1f".join(parts)).hexdigest()
 
-    def entry(self, image: ImageRef) -> Path:
+    def entry(self, sample: Sample, name: str, copy: int = 0) -> Path:
         """Return the file of a picture's features."""
-        key = self.key(image)
+        key = self.key(sample, name, copy)
         return self.cache / key[:2] / f"{key}.safetensors"
 
-    def prepare(self, dataset: Dataset, progress: Progress = silent) -> None:
-        """Compute what is missing.
+    def prepare(
+        self, dataset: Dataset, progress: Progress = silent, shard: tuple[int, int] = (0, 1)
+    ) -> None:
+        """Compute what is missing, of training samples every copy.
+
+        Args:
+            dataset: all samples that will be asked for.
+            progress: told of the stage "features".
+            shard: (number of this process, how many there are); each computes its part.
 
         Raises:
             DataError: pictures that cannot be decoded; up to ten are named.
             WeightsError: the backbone gives NaN or infinity.
             UsageError: the cache folder cannot be written to.
         """
-        images = [image for sample in dataset.samples for image in sample.images.values()]
-        missing: list[ImageRef] = []
-        for image in images:
-            found = self._read(image)
+        wanted = [
+            _Wanted(sample, name, copy)
+            for sample in dataset.samples
+            for copy in range(1 + (self.copies if sample.split == "train" else 0))
+            for name in sample.images
+        ][shard[0] :: shard[1]]
+        missing: list[_Wanted] = []
+        for item in wanted:
+            found = self._read(self.key(*item))
             if found is None:
-                missing.append(image)
+                missing.append(item)
             else:
-                self._hold(image, found)
-        done = len(images) - len(missing)
-        progress("features", done, len(images), f"{done} cached")
+                self._hold(self.key(*item), found)
+        done = len(wanted) - len(missing)
+        progress("features", done, len(wanted), f"{done} cached")
         problems: list[str] = []
         for batch in _batches(missing, self._batch_size()):
             self._compute(batch, problems)
             done += len(batch)
-            progress("features", done, len(images))
+            progress("features", done, len(wanted))
         if problems:
             more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
             raise DataError(";\n  ".join([*problems[:SHOWN], *more]))
 
-    def get(self, image: ImageRef) -> Tensor:
+    def get(self, sample: Sample, name: str, copy: int = 0) -> Features:
         """Features of one picture, float32 on the CPU."""
-        held = self._memory.get(self.key(image))
+        key = self.key(sample, name, copy)
+        held = self._memory.get(key)
         if held is not None:
             return held
-        found = self._read(image)
+        found = self._read(key)
         if found is None:
             problems: list[str] = []
-            computed = self._compute([image], problems)
+            computed = self._compute([_Wanted(sample, name, copy)], problems)
             if problems:
                 raise DataError(problems[0])
             found = computed[0]
-        self._hold(image, found)
+        self._hold(key, found)
         return found
 
     def batch(
-        self, samples: Sequence[Sample], dropped: Callable[[int, str], bool] | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Stack the features of some samples.
-
-        Args:
-            samples: at least one.
-            dropped: tells whether the input of a sample is to be withheld.
-
-        Returns:
-            {input: (B, ...)} with zeros where a picture is missing, and {input: (B,) bool}, True
-            where it is there.
-        """
-        features, present = {}, {}
-        example = self.get(next(iter(samples[0].images.values())))
-        zeros = torch.zeros_like(example)
+        self, samples: Sequence[Sample], dropped: Dropped | None = None, epoch: int | None = None
+    ) -> Batch:
+        """Stack the features of some samples, zeros where a picture is missing; see ``Source``."""
+        copy = 0 if epoch is None or not self.copies else 1 + (epoch - 1) % self.copies
+        inputs, present = {}, {}
+        example = self.get(samples[0], next(iter(samples[0].images)), copy)
+        zeros = tuple(torch.zeros_like(value) for value in example)
         for spec in self.model.task.inputs:
-            found: list[Tensor | None] = []
+            found: list[Features | None] = []
             for index, sample in enumerate(samples):
-                image = sample.images.get(spec.name)
                 hidden = dropped is not None and spec.optional and dropped(index, spec.name)
-                found.append(None if image is None or hidden else self.get(image))
-            features[spec.name] = torch.stack([zeros if f is None else f for f in found])
-            present[spec.name] = torch.tensor([f is not None for f in found])
-        return features, present
+                there = spec.name in sample.images and not hidden
+                found.append(self.get(sample, spec.name, copy) if there else None)
+            rows = [zeros if value is None else value for value in found]
+            inputs[spec.name] = tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
+            present[spec.name] = torch.tensor([value is not None for value in found])
+        return Batch(inputs, present, torch.from_numpy(self._truth(samples, copy)))
+
+    def _truth(self, samples: Sequence[Sample], copy: int) -> NDArray[Any]:
+        task, size = self.model.task, self.model.config.image_size
+        if not copy or not task.truth_moves:
+            return task.truth(samples, size)
+        rows = [task.load(s, size, sample_stream(self.seed, copy, s.name))[1] for s in samples]
+        return np.stack(rows)
 
     def _batch_size(self) -> int:
         return 1 if self._device().type == "cpu" else 32
@@ -178,69 +211,86 @@ class FeatureStore:
     def _device(self) -> torch.device:
         return next(self.model.backbone.parameters()).device
 
+    def _pixels(self, item: "_Wanted") -> Tensor:
+        """(3, H, W) uint8."""
+        sample, name, copy = item
+        size = self.model.config.image_size
+        if not copy:
+            pixels = load_image(sample.images[name], size)
+        else:
+            stream = sample_stream(self.seed, copy, sample.name)
+            pixels = np.ascontiguousarray(self.model.task.load(sample, size, stream)[0][name])
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
     @torch.inference_mode()
-    def _compute(self, images: Sequence[ImageRef], problems: list[str]) -> list[Tensor]:
+    def _compute(self, items: "Sequence[_Wanted]", problems: list[str]) -> list[Features]:
         """Compute, keep and write some pictures; those that cannot be read go to ``problems``."""
         readable, pixels = [], []
-        for image in images:
+        for item in items:
             try:
-                loaded = load_image(image, self.model.config.image_size)
+                pixels.append(self._pixels(item))
             except DataError as error:
                 problems.append(str(error))
                 continue
-            readable.append(image)
-            pixels.append(torch.from_numpy(loaded).permute(2, 0, 1))
+            readable.append(item)
         if not readable:
             return []
         # A GPU's convolutions default to TF32, ten bits of mantissa: an entry from one would not
         # serve a CPU.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            values = self.model.extract(torch.stack(pixels).to(self._device())).float().cpu()
+            extracted = self.model.extract(torch.stack(pixels).to(self._device()))
+        values = [value.float().cpu() for value in extracted]
         self.computed += len(readable)
         result = []
-        for image, value in zip(readable, values, strict=True):
-            if not bool(value.isfinite().all()):
-                raise WeightsError(
-                    f"the backbone {self.model.config.backbone.name} gives NaN or infinity for "
-                    f"{image.path}. Fetch its weights again."
-                )
+        for index, item in enumerate(readable):
             # A clone outside of inference mode's bookkeeping: heads train on it.
             with torch.inference_mode(False):
-                value = value.clone()
-            self._write(image, value)
-            self._hold(image, value)
-            result.append(value)
+                found = tuple(value[index].clone() for value in values)
+            if not all(bool(value.isfinite().all()) for value in found):
+                raise WeightsError(
+                    f"the backbone {self.model.config.backbone.name} gives NaN or infinity for "
+                    f"{item.sample.images[item.name].path}. Fetch its weights again."
+                )
+            key = self.key(*item)
+            self._write(key, found)
+            self._hold(key, found)
+            result.append(found)
         return result
 
-    def _hold(self, image: ImageRef, value: Tensor) -> None:
-        if self._held_bytes + value.nbytes <= MEMORY_BYTES:
-            key = self.key(image)
-            self._held_bytes += value.nbytes if key not in self._memory else 0
+    def _hold(self, key: str, value: Features) -> None:
+        size = sum(part.nbytes for part in value)
+        if key not in self._memory and self._held_bytes + size <= MEMORY_BYTES:
+            self._held_bytes += size
             self._memory[key] = value
 
-    def _read(self, image: ImageRef) -> Tensor | None:
+    def _path(self, key: str) -> Path:
+        return self.cache / key[:2] / f"{key}.safetensors"
+
+    def _read(self, key: str) -> Features | None:
         """Return an entry, or None when it is missing or is not what was written."""
-        path = self.entry(image)
+        path = self._path(key)
         if not path.is_file():
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                value = file.get_tensor("features")
+                names = sorted(file.keys(), key=int)
+                value = tuple(file.get_tensor(name) for name in names)
                 stated = (file.metadata() or {}).get("sha256")
         except (SafetensorError, OSError, ValueError):
             return None
-        return value if stated == hashlib.sha256(_bytes(value)).hexdigest() else None
+        return value if stated == _digest(value) else None
 
-    def _write(self, image: ImageRef, value: Tensor) -> None:
-        path = self.entry(image)
-        metadata = {"sha256": hashlib.sha256(_bytes(value)).hexdigest()}
+    def _write(self, key: str, value: Features) -> None:
+        path = self._path(key)
+        metadata = {"sha256": _digest(value)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
             os.close(handle)
             partial = Path(name)
             try:
-                save_file({"features": value.contiguous()}, partial, metadata=metadata)
+                tensors = {str(i): part.contiguous() for i, part in enumerate(value)}
+                save_file(tensors, partial, metadata=metadata)
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
@@ -251,9 +301,25 @@ class FeatureStore:
             ) from error
 
 
+class _Wanted(NamedTuple):
+    """One entry: which picture of which sample, and which draw of its augmentation."""
+
+    sample: Sample
+    name: str
+    copy: int
+
+
+def _digest(value: Features) -> str:
+    total = hashlib.sha256()
+    for part in value:
+        total.update(f"{part.dtype}|{tuple(part.shape)}".encode())
+        total.update(_bytes(part))
+    return total.hexdigest()
+
+
 def _bytes(value: Tensor) -> bytes:
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _batches(images: Sequence[ImageRef], size: int) -> Iterable[Sequence[ImageRef]]:
-    return (images[start : start + size] for start in range(0, len(images), size))
+def _batches(items: Sequence[_Wanted], size: int) -> Iterable[Sequence[_Wanted]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

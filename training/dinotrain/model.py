@@ -1,4 +1,4 @@
-"""The trained model of a task: frozen backbone → pool → head → decoder.
+"""The trained model of a task: backbone → pool → head → decoder.
 
 This is the reference that every artifact is compared with; the exporter builds its deploy graph
 from the same parts.
@@ -8,10 +8,10 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from dinotrain.backbones.vit import VisionTransformer, ViTConfig
+from dinotrain.backbones.loading import BackboneConfig, build_backbone, check_image_size
 from dinotrain.encoding import Encoding
 from dinotrain.heads.branch import HeadConfig
-from dinotrain.heads.pool import FeatureConfig, build_pool
+from dinotrain.heads.pool import FeatureConfig, Features, build_pool
 from dinotrain.tasks import get_task
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -22,7 +22,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """Everything that fixes the shape of a model; ``image_size`` is (height, width) in pixels."""
 
     task: str
-    backbone: ViTConfig
+    backbone: BackboneConfig
     image_size: tuple[int, int]
     features: FeatureConfig = FeatureConfig()
     head: HeadConfig = HeadConfig()
@@ -44,10 +44,10 @@ class TaskModel(nn.Module):
         task = get_task(config.task)
         self.config = config
         self.task = task
-        self.backbone = VisionTransformer(config.backbone)
-        self.backbone.grid_for(*config.image_size)
+        check_image_size(config.backbone, config.image_size)
+        self.backbone = build_backbone(config.backbone)
         self.pool = build_pool(config.backbone, config.features, config.image_size)
-        self.head = task.build_head(config, self.pool.width)
+        self.head = task.build_head(config, self.pool)
         # Learned stand-ins for images that a training sample lacks.
         self.placeholders = nn.ParameterDict(
             {i.name: nn.Parameter(torch.zeros(self.pool.width)) for i in task.inputs if i.optional}
@@ -64,17 +64,17 @@ class TaskModel(nn.Module):
         """(B, 3, H, W), 0..255 → float32, ImageNet-normalised."""
         return (pixels.float() / 255 - self.pixel_mean) / self.pixel_std
 
-    def extract(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W), 0..255 → frozen features (B, ...), cacheable."""
-        return self.pool.extract(self.backbone, self.normalise(pixels))
+    def extract(self, pixels: Tensor) -> Features:
+        """(B, 3, H, W), 0..255 → what the backbone gives, (B, …) each, cacheable when frozen."""
+        return self.pool.extract(self.backbone, self.normalise(pixels))  # type: ignore[arg-type]
 
     def logits(
-        self, features: dict[str, Tensor], present: dict[str, Tensor] | None = None
+        self, features: dict[str, Features], present: dict[str, Tensor] | None = None
     ) -> Tensor:
-        """Frozen features per input → logits.
+        """Features per input → logits.
 
         Args:
-            features: {input: (B, ...)} as ``extract`` gives them.
+            features: {input: (B, …) each} as ``extract`` gives them.
             present: {input: (B,) bool}; False takes the learned placeholder. None: all are there.
 
         Returns:
@@ -83,10 +83,10 @@ class TaskModel(nn.Module):
         pooled = {name: self.pool(value) for name, value in features.items()}
         for name, there in (present or {}).items():
             if name in self.placeholders:
-                pooled[name] = torch.where(
-                    there.unsqueeze(-1), pooled[name], self.placeholders[name]
-                )
-        return self.head(self.task.combine(pooled))
+                # One placeholder serves a vector, and every token alike.
+                there = there.reshape(-1, *[1] * (pooled[name].ndim - 1))
+                pooled[name] = torch.where(there, pooled[name], self.placeholders[name])
+        return self.head(pooled)
 
     def decode(self, logits: Tensor) -> dict[str, Tensor]:
         """Logits → named values in their units, float32, the samples first."""

@@ -29,12 +29,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinotrain.backbones import load_backbone
+from dinotrain.backbones.loading import BackboneConfig
+from dinotrain.backbones.vit import ViTConfig
 from dinotrain.data.dataset import Dataset, Sample, Split
 from dinotrain.errors import DataError, UsageError
 from dinotrain.features import FeatureStore, Progress, default_cache, silent
 from dinotrain.fit import build_model, pick_device, write_model
 from dinotrain.heads.branch import HeadConfig
 from dinotrain.heads.pool import CLS_KINDS, FeatureConfig
+from dinotrain.sources import Batch, Dropped
 from dinotrain.tasks import get_task
 from dinotrain.train_config import TrainConfig
 
@@ -112,7 +115,7 @@ def probe(
     if not dataset.split("val").samples:
         raise DataError(f"{config.data}: no validation samples to choose by. Label more samples.")
     backbone = load_backbone(config.backbone, config.image_size)
-    kinds = [kind for kind, (layers, _) in CLS_KINDS.items() if layers <= backbone.config.depth]
+    kinds = _kinds(backbone.config)
     widest = kinds[-1]
     model = build_model(_with_features(config, widest), backbone, dataset.classes).to(device)
     objective = task.objective(config, model)
@@ -120,7 +123,7 @@ def probe(
     store = FeatureStore(model, config.cache or default_cache())
     store.prepare(dataset, report)
     train, val = (_table(store, dataset, name, device) for name in ("train", "val"))
-    columns = {kind: _columns(kind, widest, backbone.config.embed_dim) for kind in kinds}
+    columns = {kind: _columns(kind, widest, backbone.config) for kind in kinds}
     rates = RATES[protocol]
     steps = iterations or _choose_iterations(protocol, len(train.classes), config.batch_size)
     recipe = _Recipe(rates, steps, config.batch_size, config.seed, len(dataset.classes))
@@ -146,7 +149,9 @@ def probe(
                 best = choice
     report("probe", len(kinds) * steps, len(kinds) * steps)
     sweep_s = time.perf_counter() - start
-    knn = _neighbours(train.only(columns["cls"]), val.only(columns["cls"]), len(dataset.classes))
+    knn = _neighbours(
+        train.only(columns[kinds[0]]), val.only(columns[kinds[0]]), len(dataset.classes)
+    )
     if best is None:
         raise UsageError(f"no features fit {backbone.config.name}")
     chosen = msgspec.structs.replace(_with_features(config, best.features), lr=best.rate)
@@ -154,9 +159,12 @@ def probe(
     linear = {"weight": best.weight, "bias": best.bias}
     model.head.members[0]["classes"][-1].load_state_dict(linear)  # type: ignore[index,union-attr]
     facts = {"protocol": protocol, "iterations": steps}
-    log = {"probe": facts | {"val_accuracy": found, "knn_val_accuracy": knn}}
+    log = {
+        "backbone_digest": store.backbone_digest,
+        "probe": facts | {"val_accuracy": found, "knn_val_accuracy": knn},
+    }
     part = _Part(store, columns[best.features])
-    path = write_model(chosen, model, dataset, part, objective, log)  # type: ignore[arg-type]
+    path = write_model(chosen, model, dataset, part, objective, log)
     return ProbeResult(path, best.features, best.rate, found, knn, steps, sweep_s)
 
 
@@ -206,27 +214,38 @@ class _Part:
     def __init__(self, store: FeatureStore, columns: Tensor) -> None:
         self._store = store
         self._columns = columns
-        self.backbone_digest = store.backbone_digest
 
-    def batch(self, samples: Sequence[Sample]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        features, present = self._store.batch(samples)
-        return {name: value[:, self._columns] for name, value in features.items()}, present
+    def batch(
+        self, samples: Sequence[Sample], dropped: Dropped | None = None, epoch: int | None = None
+    ) -> Batch:
+        found = self._store.batch(samples, dropped, epoch)
+        inputs = {n: (value[0][:, self._columns],) for n, value in found.inputs.items()}
+        return found._replace(inputs=inputs)
 
 
 def _with_features(config: TrainConfig, kind: str) -> TrainConfig:
     return msgspec.structs.replace(config, features=FeatureConfig(kind=kind))  # type: ignore[arg-type]
 
 
-def _columns(kind: str, widest: str, dim: int) -> Tensor:
+def _kinds(backbone: BackboneConfig) -> list[str]:
+    """Features that are tried, the widest last."""
+    if not isinstance(backbone, ViTConfig):
+        return ["pooled"]
+    return [kind for kind, (layers, _) in CLS_KINDS.items() if layers <= backbone.depth]
+
+
+def _columns(kind: str, widest: str, backbone: BackboneConfig) -> Tensor:
     """Where the features of a kind stand in the widest ones: CLS tokens, then the mean patch."""
+    if not isinstance(backbone, ViTConfig):
+        return torch.arange(backbone.pooled_width)
     layers, mean = CLS_KINDS[kind]
     total, _ = CLS_KINDS[widest]
-    return torch.arange((total - layers) * dim, (total + mean) * dim)
+    return torch.arange((total - layers) * backbone.embed_dim, (total + mean) * backbone.embed_dim)
 
 
 def _table(store: FeatureStore, dataset: Dataset, split: Split, device: torch.device) -> _Table:
     samples = [s for s in dataset.split(split).samples if not math.isnan(s.values["class"])]
-    features = torch.stack([store.get(sample.images["image"]) for sample in samples])
+    features = torch.stack([store.get(sample, "image")[0] for sample in samples])
     classes = torch.tensor([int(sample.values["class"]) for sample in samples])
     return _Table(features.to(device), classes.to(device))
 

@@ -10,6 +10,40 @@ from dinotrain.errors import UsageError
 from dinotrain.heads.branch import HeadConfig
 from dinotrain.heads.pool import FeatureConfig
 
+_COUNTS = (
+    "batch_size",
+    "epochs",
+    "patience",
+    "accumulate",
+    "augment_copies",
+    "restart_mult",
+    "devices",
+)
+_AMOUNTS = (
+    "gamma",
+    "or_lambda",
+    "weight_decay",
+    "seed",
+    "min_lr",
+    "min_delta",
+    "restart_epochs",
+    "warmup_epochs",
+    "clip_norm",
+)
+_PLACES = (
+    "data",
+    "backbone",
+    "out",
+    "cache",
+    "device",
+    "devices",
+    "strategy",
+    "resume",
+    "backbone_note",
+    "name",
+)
+"""What the weights do not depend on, or only through what a run records beside its recipe."""
+
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One training run; ``image_size`` is (height, width) in pixels.
@@ -26,11 +60,14 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     task: str = "eyelid"
     name: str = ""
     image_size: tuple[int, int] = (224, 224)
-    features: FeatureConfig = FeatureConfig()
-    """A pyramid without taps takes the backbone's default ones."""
-    head: HeadConfig = HeadConfig()
+    features: FeatureConfig | None = None
+    """None takes what suits the head and the backbone; no taps take the backbone's own."""
+    head: HeadConfig | None = None
+    """None takes the task's first."""
+    mode: Literal["frozen", "finetune"] = "frozen"
+    """Frozen: features are computed once. Fine-tuned: the backbone trains too."""
     encoding: Encoding = Encoding()
-    loss: Literal["", "bce", "focal", "mse", "cross_entropy"] = ""
+    loss: Literal["", "bce", "focal", "mse", "cross_entropy", "dice_focal"] = ""
     """Nothing takes the task's own."""
     gamma: float = 2.0
     """Counts for ``focal`` only."""
@@ -41,19 +78,49 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """sgd has momentum 0.9."""
     lr: float = 1e-3
+    """Of the head."""
+    backbone_lr: float = 1e-5
+    """Of what comes after the backbone's last block."""
+    layer_decay: float = 0.9
+    """Factor on the backbone's rate per block on the way back to the input."""
+    live_statistics: bool = False
+    """Whether BatchNorm follows the batches; its stored statistics are used otherwise."""
     weight_decay: float = 0.0
-    schedule: Literal["cosine", "constant", "step"] = "cosine"
-    """step divides the learning rate by 10 after half of the epochs."""
+    schedule: Literal["cosine", "constant", "step", "sgdr"] = "cosine"
+    """step divides the learning rate by 10 after half of the epochs; sgdr restarts a cosine."""
+    min_lr: float = 0.0
+    """Where the cosines of the head end; other rates in proportion."""
+    restart_epochs: int = 0
+    """First period of sgdr; 0 is a third of the epochs."""
+    restart_mult: int = 2
+    """How much longer each period is than the one before."""
+    warmup_epochs: int = 0
+    """Epochs in which rates rise in a line from 0."""
+    accumulate: int = 1
+    """Batches per step of the optimizer."""
+    clip_norm: float = 0.0
+    """Largest norm of the gradient; 0 is no limit."""
+    amp: Literal["off", "bfloat16", "float16"] = "off"
+    """Automatic mixed precision."""
+    augment: bool = False
+    """Whether training pictures change at random, in ways that the task allows."""
+    augment_copies: int = 4
+    """Of each picture, when features are frozen: as many changes are computed once."""
     batch_size: int = 32
     epochs: int = 60
     patience: int = 15
     """Epochs without a better validation error before training stops."""
+    min_delta: float = 0.0
+    """By how much a validation error must fall to count as better."""
     input_drop: float = 0.1
     """How often an optional picture is withheld, so that its placeholder learns."""
     seed: int = 0
     weights: Literal["float32", "float16"] = "float32"
     """How the checkpoint stores its weights; metrics are taken with the weights as stored."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = 1
+    """Processes; a batch is shared among them, so the result does not depend on their number."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     cache: Path | None = None
     """Folder of cached features; the platform's cache folder where None."""
     backbone_note: str = ""
@@ -62,13 +129,19 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train."""
-        if not 0 < self.lr <= 10:
-            raise UsageError(f"lr is {self.lr}; above 0 up to 10 is accepted")
-        for name in ("batch_size", "epochs", "patience"):
-            _above_zero(name, getattr(self, name))
-        for name in ("gamma", "or_lambda", "weight_decay", "seed"):
+        for name in ("lr", "backbone_lr"):
+            if not 0 < getattr(self, name) <= 10:
+                raise UsageError(f"{name} is {getattr(self, name)}; above 0 up to 10 is accepted")
+        for name in _COUNTS:
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in _AMOUNTS:
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; 0 or more is accepted")
+        if not 0 < self.layer_decay <= 1:
+            raise UsageError(f"layer_decay is {self.layer_decay}; above 0 up to 1 is accepted")
+        if self.min_lr > self.lr:
+            raise UsageError(f"min_lr is {self.min_lr}, above lr {self.lr}")
         if not 0 <= self.input_drop < 1:
             raise UsageError(f"input_drop is {self.input_drop}; 0 up to below 1 is accepted")
         if not 0 < self.bit_rho <= 1:
@@ -80,11 +153,5 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     def recipe(self) -> dict[str, Any]:
         """Return what the weights depend on, as plain values: all but places and devices."""
-        places = ("data", "backbone", "out", "cache", "device", "resume", "backbone_note", "name")
-        names = [name for name in self.__struct_fields__ if name not in places]
+        names = [name for name in self.__struct_fields__ if name not in _PLACES]
         return {name: msgspec.to_builtins(getattr(self, name)) for name in names}
-
-
-def _above_zero(name: str, value: float) -> None:
-    if not value > 0:
-        raise UsageError(f"{name} is {value}; it must be above 0")

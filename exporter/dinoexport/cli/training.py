@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -16,6 +16,9 @@ from dinoexport.cli.output import (
     print_json,
 )
 from dinotrain.errors import UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from dinotrain.heads.pool import FeatureConfig
 
 data_app = typer.Typer(
     help="Data sets: synthetic ones, and checks of your own.", no_args_is_help=True
@@ -116,14 +119,28 @@ def train(
             "'embedded'."
         ),
     ] = "embedded",
-    head: Annotated[str, typer.Option(help="linear, probe, mlp or ensemble.")] = "mlp",
+    head: Annotated[
+        str,
+        typer.Option(
+            help="linear, probe, mlp, ensemble or query; multiscale for masks. The task's if left "
+            "out."
+        ),
+    ] = "",
     members: Annotated[int, typer.Option(min=2, max=100, help="Members of an ensemble.")] = 5,
     hidden: Annotated[int, typer.Option(min=1, max=65536, help="Hidden width of the head.")] = 256,
     features: Annotated[
-        str, typer.Option(help="cls, cls_mean, cls4, cls4_mean or pyramid.")
-    ] = "cls_mean",
-    taps: Annotated[str, typer.Option(help="Blocks that a pyramid reads: 2,5,8,11.")] = "",
-    tap_norm: Annotated[str, typer.Option(help="none, final or own_ln.")] = "final",
+        str,
+        typer.Option(
+            help="cls, cls_mean, cls4 or cls4_mean of a ViT, pooled of a CNN; pyramid, sfp, tokens "
+            "or maps. What suits head and backbone if left out."
+        ),
+    ] = "",
+    taps: Annotated[
+        str, typer.Option(help="Blocks of a ViT that are read, 2,5,8,11; strides of a CNN.")
+    ] = "",
+    tap_norm: Annotated[
+        str, typer.Option(help="none, final or own_ln; what suits the head if left out.")
+    ] = "",
     encoding: Annotated[str, typer.Option(help="plain, gray or scalar.")] = "gray",
     bits: Annotated[int, typer.Option(help="Bits per target, 1 to 24.")] = 8,
     decoding: Annotated[str, typer.Option(help="soft or hard.")] = "soft",
@@ -160,8 +177,7 @@ def train(
     """Train a head on frozen features."""
     from dinotrain.encoding import Encoding
     from dinotrain.fit import train as run_train
-    from dinotrain.heads.branch import HeadConfig
-    from dinotrain.heads.pool import FeatureConfig, FeatureKind
+    from dinotrain.heads.branch import HeadConfig, HeadKind
     from dinotrain.train_config import TrainConfig
 
     check_file(out, ".safetensors")
@@ -174,16 +190,12 @@ def train(
         out=out,
         name=name,
         image_size=parse_size(image_size) or (224, 224),
-        features=FeatureConfig(
-            kind=one_of("features", features, get_args(FeatureKind)),
-            taps=_parse_taps(taps),
-            tap_norm=one_of("tap norm", tap_norm, ("none", "final", "own_ln")),
-        ),
+        features=_parse_features(features, taps, tap_norm),
         head=HeadConfig(
-            kind=one_of("head", head, ("linear", "probe", "mlp", "ensemble")),
-            members=members,
-            hidden=hidden,
-        ),
+            kind=one_of("head", head, get_args(HeadKind)), members=members, hidden=hidden
+        )
+        if head
+        else None,
         encoding=Encoding(
             kind=encoding,  # type: ignore[arg-type]
             bits=bits,
@@ -355,9 +367,9 @@ def _figure(value: Any) -> str:
 
 
 def _resolve_backbone(name: str) -> str:
-    from dinotrain.backbones.vit import VARIANTS
+    from dinotrain.backbones.loading import NAMES
 
-    known = [*VARIANTS, "embedded"]
+    known = [*NAMES, "embedded"]
     looks_like_path = Path(name).suffix or any(mark in name for mark in "/\\~")
     if name.partition("@")[0] not in known and not looks_like_path and not Path(name).exists():
         raise unknown_name("backbone", name, known)
@@ -366,6 +378,20 @@ def _resolve_backbone(name: str) -> str:
     from dinoexport.embedded import embedded_backbone
 
     return str(embedded_backbone())
+
+
+def _parse_features(kind: str, taps: str, tap_norm: str) -> "FeatureConfig | None":
+    from dinotrain.backbones.vit import TapNorm
+    from dinotrain.heads.pool import FeatureConfig, FeatureKind
+
+    found = {"taps": _parse_taps(taps)}
+    if tap_norm:
+        found["tap_norm"] = one_of("tap norm", tap_norm, get_args(TapNorm))
+    if kind:
+        return FeatureConfig(kind=one_of("features", kind, get_args(FeatureKind)), **found)
+    if taps or tap_norm:
+        raise UsageError("--taps and --tap-norm belong to --features. Name them, such as pyramid.")
+    return None
 
 
 def _parse_taps(text: str) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ import pytest
 
 from dinoexport.embedded import EMBEDDED
 from dinoexport.targets.table import TABLE as TARGETS
+from dinotrain.backbones.convnets.config import CONVNETS
 from dinotrain.backbones.vit import VARIANTS
 from dinotrain.tasks import TABLE as TASKS
 
@@ -25,7 +26,7 @@ def test_list_names_everything(run) -> None:
     facts = run("list", "--json").json
     assert facts["tasks"].keys() == TASKS.keys()
     assert facts["targets"].keys() == TARGETS.keys()
-    assert facts["backbones"].keys() == {"embedded", *VARIANTS}
+    assert facts["backbones"].keys() == {"embedded", *VARIANTS, *CONVNETS}
     text = run("list").out
     for entries in facts.values():
         for name in entries:

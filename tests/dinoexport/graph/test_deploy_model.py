@@ -10,10 +10,9 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 
 from dinoexport.errors import BuildError
+from dinoexport.graph.deploy_backbones import fold_normalisation_, fold_scales_
 from dinoexport.graph.deploy_model import (
     DeployModel,
-    fold_normalisation_,
-    fold_scales_,
     round_weights_,
 )
 from dinotrain.backbones.vit import Block, ViTConfig, swiglu_hidden_dim
@@ -234,7 +233,8 @@ def test_deploy_graph_equals_the_training_model(random_model, random_pixels, var
         for name, value in found.items():
             assert value.shape == (1,)
             assert value.dtype == torch.float32
-            torch.testing.assert_close(value, wanted[name], rtol=0, atol=DEPLOY_BUDGET_MM)
+            # Random weights give values of some tens: 1e-5 of them is float32 rounding.
+            torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=DEPLOY_BUDGET_MM)
         rows.append(torch.cat(list(wanted.values())))
     # Otherwise a constant would do as well.
     assert (torch.stack(rows).amax(0) - torch.stack(rows).amin(0)).max() > 100 * DEPLOY_BUDGET_MM
@@ -357,7 +357,7 @@ def test_taps_are_the_training_models_values(random_model, random_pixels):
     wanted = {"tokens": x}
     for index, after in model.backbone.run_blocks(x):
         wanted[f"blocks.{index}.mlp"] = after
-    wanted["features"] = model.extract(torch.cat(pixels))
+    (wanted["features"],) = model.extract(torch.cat(pixels))
     for name, value in wanted.items():
         # Normalisation folded or not: float32 rounding on values of some tens.
         torch.testing.assert_close(values[name], value, rtol=1e-5, atol=1e-4)

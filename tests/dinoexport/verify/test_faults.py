@@ -40,7 +40,8 @@ from dinoexport.bundle import open_bundle, record_files, write_manifest
 from dinoexport.console import Reporter, quiet
 from dinoexport.errors import BundleError, ParityError
 from dinoexport.graph.capture import capture_deploy
-from dinoexport.graph.deploy_model import DeployModel, fold_normalisation_, round_weights_
+from dinoexport.graph.deploy_backbones import fold_normalisation_
+from dinoexport.graph.deploy_model import DeployModel, round_weights_
 from dinoexport.manifest import Verdict
 from dinoexport.pipeline import BuildRequest, plan_build, verify_bundle, write_reference
 from dinoexport.targets.base import LowerOptions

@@ -282,7 +282,7 @@ def test_an_output_that_is_no_number(verdict, number: float) -> None:
 
 
 def test_two_outputs_swapped(verdict, reference: Reference) -> None:
-    mrd1, mrd2 = (reference.rounded["fp16"].outputs[n] for n in ("mrd1_mm", "mrd2_mm"))
+    mrd1, mrd2 = (reference.deployed["fp16"].outputs[n] for n in ("mrd1_mm", "mrd2_mm"))
     swap = {
         "mrd1_mm": lambda v: mrd2[np.argmin(np.abs(mrd1 - v))].reshape(1),
         "mrd2_mm": lambda v: mrd1[np.argmin(np.abs(mrd2 - v))].reshape(1),

@@ -15,9 +15,10 @@ from dinotrain.backbones.vit import (
     VARIANTS,
     VisionTransformer,
     ViTConfig,
-    default_taps,
     init_weights_,
+    map_to_tokens,
     swiglu_hidden_dim,
+    tokens_to_map,
 )
 from dinotrain.errors import ShapeError, UsageError
 
@@ -246,6 +247,10 @@ def test_unknown_tap_norm_is_refused():
         tiny_model().taps(pixels((56, 56)), [1], norm="last")  # type: ignore[arg-type]
 
 
+def of_depth(depth):
+    return ViTConfig(name="deep", embed_dim=8, depth=depth, heads=1, ffn_dim=8)
+
+
 @pytest.mark.parametrize(
     ("depth", "blocks"),
     [
@@ -257,12 +262,26 @@ def test_unknown_tap_norm_is_refused():
     ],
 )
 def test_default_taps(depth, blocks):
-    assert default_taps(depth) == blocks
+    assert of_depth(depth).default_taps(4) == blocks
 
 
-def test_default_taps_need_four_blocks():
-    with pytest.raises(UsageError, match="at least 4 blocks, this backbone has 3"):
-        default_taps(3)
+@pytest.mark.parametrize(
+    ("depth", "blocks"), [(12, (3, 7, 11)), (24, (7, 15, 23)), (40, (12, 25, 39)), (3, (0, 1, 2))]
+)
+def test_three_taps_stand_at_thirds(depth, blocks):
+    assert of_depth(depth).default_taps(3) == blocks
+
+
+def test_default_taps_need_as_many_blocks():
+    with pytest.raises(UsageError, match="4 taps need at least 4 blocks, deep has 3"):
+        of_depth(3).default_taps(4)
+
+
+def test_tokens_become_a_map_row_by_row_and_back():
+    tokens = torch.arange(12.0).reshape(1, 6, 2)
+    grid = tokens_to_map(tokens, (2, 3))
+    assert grid[0, 0].tolist() == [[0, 2, 4], [6, 8, 10]]
+    assert torch.equal(map_to_tokens(grid), tokens)
 
 
 def test_swiglu_width_is_the_published_one():

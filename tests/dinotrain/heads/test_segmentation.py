@@ -14,8 +14,6 @@ from dinotrain.heads.segmentation import (
     DecoderConfig,
     SegmentationDecoder,
     group_count,
-    segmentation_taps,
-    tokens_to_map,
 )
 
 SMALL = DecoderConfig(channels=(16, 12, 8, 8), dropout=0.1)
@@ -138,18 +136,6 @@ def test_groups_are_the_largest_divisor_up_to_32(channels, groups):
     assert group_count(channels) == groups
 
 
-@pytest.mark.parametrize(
-    ("depth", "taps"), [(12, (3, 7, 11)), (24, (7, 15, 23)), (40, (12, 25, 39)), (3, (0, 1, 2))]
-)
-def test_taps_stand_at_thirds(depth, taps):
-    assert segmentation_taps(depth) == taps
-
-
-def test_tokens_are_row_major():
-    tokens = torch.arange(6.0).reshape(1, 6, 1)
-    assert tokens_to_map(tokens, (2, 3))[0, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
-
-
 def test_export_gives_the_same_numbers_for_any_batch():
     decoder = SegmentationDecoder((24,) * 3, (5, 4), (70, 56), 3, SMALL).eval()
     batch = torch.export.Dim("batch", min=1, max=8)
@@ -197,8 +183,6 @@ def test_refusals():
         SegmentationDecoder((8, 8), (2, 2), (28, 28), 2)
     with pytest.raises(UsageError, match="at least 2"):
         SegmentationDecoder((8,) * 3, (2, 2), (28, 28), 1)
-    with pytest.raises(UsageError, match="at least 3 blocks"):
-        segmentation_taps(2)
     decoder = SegmentationDecoder((8,) * 3, (2, 2), (28, 28), 2)
     with pytest.raises(ShapeError, match=r"built for taps of \(8, 8, 8\)"):
         decoder(taps_for((8, 8, 9), [(2, 2)] * 3))

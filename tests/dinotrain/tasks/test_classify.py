@@ -75,7 +75,7 @@ def test_loss_and_validation_against_plain_formulas(training):
         for m in range(3)
     ]
     torch.testing.assert_close(objective.loss(logits, labels), torch.stack(rows).mean())
-    p = np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])
+    p = {"probabilities": np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])}
     true = np.array([[0.0], [1.0]])
     assert objective.validation_error(p, true) == pytest.approx(-np.log(0.5 * 0.1) / 2)
     assert objective.validation_error(p, np.full((2, 1), np.nan)) is None
@@ -107,7 +107,7 @@ def test_losses(training):
 
 
 def test_the_majority_class_comes_from_the_training_labels():
-    p = np.array([[0.2, 0.7, 0.1], [0.2, 0.7, 0.1]])
+    p = {"probabilities": np.array([[0.2, 0.7, 0.1], [0.2, 0.7, 0.1]])}
     reference = np.array([[2.0], [2.0], [0.0], [np.nan]])
     found = TASK.evaluate(p, np.array([[1.0], [2.0]]), reference, NAMES)["probabilities"]
     assert found["accuracy"] == 0.5

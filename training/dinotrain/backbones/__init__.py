@@ -1,5 +1,5 @@
 """Backbones: frozen feature extractors, and how their published weights become ours."""
 
-from dinotrain.backbones.weights import load_backbone
+from dinotrain.backbones.loading import load_backbone
 
 __all__ = ["load_backbone"]

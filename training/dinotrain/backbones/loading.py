@@ -5,8 +5,11 @@ from pathlib import Path
 import torch
 
 from dinotrain.backbones import weights
-from dinotrain.backbones.convnets.backbone import ConvNet, check_image_size
+from dinotrain.backbones.convnets.backbone import ConvNet
+from dinotrain.backbones.convnets.backbone import check_image_size as check_convnet_size
+from dinotrain.backbones.convnets.config import ConvNetConfig
 from dinotrain.backbones.convnets.published import REPOSITORIES as CONVNET_REPOSITORIES
+from dinotrain.backbones.convnets.table import build_convnet
 from dinotrain.backbones.convnets.weights import (
     build_frozen,
     convnet_name,
@@ -16,14 +19,36 @@ from dinotrain.backbones.convnets.weights import (
 )
 from dinotrain.backbones.hub import REPOSITORIES
 from dinotrain.backbones.position import PositionRule
-from dinotrain.backbones.vit import VisionTransformer
+from dinotrain.backbones.vit import VisionTransformer, ViTConfig, check_multiple
 from dinotrain.backbones.weight_files import open_weights
 from dinotrain.errors import UsageError
 
 Backbone = VisionTransformer | ConvNet
+BackboneConfig = ViTConfig | ConvNetConfig
 
 NAMES: tuple[str, ...] = (*REPOSITORIES, *CONVNET_REPOSITORIES)
 """All hub names."""
+
+
+def build_backbone(config: BackboneConfig) -> Backbone:
+    """Make a backbone of an architecture, with torch's default weights."""
+    return VisionTransformer(config) if isinstance(config, ViTConfig) else build_convnet(config)
+
+
+def check_image_size(config: BackboneConfig, image_size: tuple[int, int]) -> None:
+    """Refuse an image that a backbone cannot read.
+
+    Args:
+        config: the architecture.
+        image_size: (height, width) in pixels.
+
+    Raises:
+        ShapeError: not a multiple of a ViT's patch, or under a CNN's largest stride.
+    """
+    if isinstance(config, ViTConfig):
+        check_multiple(image_size, config.patch_size)
+    else:
+        check_convnet_size(image_size)
 
 
 def load_backbone(
@@ -59,7 +84,7 @@ def load_backbone(
             contents, image_size, position_rule=position_rule, device=device
         )
     _refuse_rule(position_rule)
-    check_image_size(image_size)
+    check_convnet_size(image_size)
     return build_frozen(interpret(contents), device)
 
 

@@ -5,7 +5,7 @@ Source: METHODS A1, A2, A5.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import msgspec
 import torch
@@ -20,7 +20,17 @@ TapNorm = Literal["none", "final", "own_ln"]
 ``own_ln``: as ``none`` here, with one trained LayerNorm per tap in the head."""
 
 
-class ViTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+_PUBLISHED_TAPS = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
+
+
+class ViTConfig(
+    msgspec.Struct,
+    frozen=True,
+    forbid_unknown_fields=True,
+    kw_only=True,
+    tag_field="kind",
+    tag="vit",
+):
     """The architecture of one backbone; ``grid`` is (rows, cols) of its position embedding."""
 
     name: str
@@ -34,6 +44,51 @@ class ViTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     grid: tuple[int, int] = (37, 37)
     layer_norm_eps: float = 1e-6
     position_rule: PositionRule = "scale"
+
+    @property
+    def size_step(self) -> int:
+        """Pixels that both sides of an image are a multiple of."""
+        return self.patch_size
+
+    @property
+    def least_size(self) -> int:
+        """Pixels of an image's side at least."""
+        return self.patch_size
+
+    @property
+    def last_tap(self) -> int:
+        """The deepest tap: the last block."""
+        return self.depth - 1
+
+    def default_taps(self, count: int) -> tuple[int, ...]:
+        """Return the blocks that are read where none are named, shallow to deep.
+
+        Four are the published ones or evenly spaced (METHODS A5), three a third, two thirds and all
+        of the way (METHODS C: 3, 7, 11 of 12).
+
+        Raises:
+            UsageError: fewer blocks than taps.
+        """
+        if count == 4 and self.depth in _PUBLISHED_TAPS:
+            return _PUBLISHED_TAPS[self.depth]
+        if self.depth < count:
+            raise UsageError(
+                f"{count} taps need at least {count} blocks, {self.name} has {self.depth}. "
+                "Choose a deeper backbone."
+            )
+        return tuple(self.depth * (part + 1) // count - 1 for part in range(count))
+
+    def tap_width(self, tap: int) -> int:
+        """Channels of a tap's map, or UsageError for a block that is not there."""
+        if not 0 <= tap < self.depth:
+            raise UsageError(
+                f"tap block {tap} is outside {self.name}, which has blocks 0 to {self.depth - 1}"
+            )
+        return self.embed_dim
+
+    def tap_grid(self, tap: int, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of a tap's map: all have those of the patches."""
+        return image_size[0] // self.patch_size, image_size[1] // self.patch_size
 
 
 def _variant(size: str, dim: int, depth: int, heads: int, registers: int) -> ViTConfig:
@@ -203,12 +258,7 @@ class VisionTransformer(nn.Module):
     def grid_for(self, height: int, width: int) -> tuple[int, int]:
         """Patch rows and columns of an image, or ShapeError unless both sides divide."""
         patch = self.config.patch_size
-        if height % patch or width % patch or min(height, width) < patch:
-            near = max(round(height / patch), 1) * patch, max(round(width / patch), 1) * patch
-            raise ShapeError(
-                f"image size {height}×{width} is not a multiple of the patch size {patch}. "
-                f"Use {near[0]}×{near[1]}."
-            )
+        check_multiple((height, width), patch)
         return height // patch, width // patch
 
     def position(self, grid: tuple[int, int]) -> Tensor:
@@ -273,12 +323,8 @@ class VisionTransformer(nn.Module):
         Raises:
             UsageError: a block number outside the backbone.
         """
-        bad = [block for block in blocks if not 0 <= block < self.config.depth]
-        if bad:
-            raise UsageError(
-                f"tap block {bad[0]} is outside {self.config.name}, which has blocks 0 to "
-                f"{self.config.depth - 1}"
-            )
+        for block in blocks:
+            self.config.tap_width(block)
         if norm not in ("none", "final", "own_ln"):
             raise UsageError(f"unknown tap norm '{norm}'. Known: none, final, own_ln.")
         x = tokens = self.tokens(images)
@@ -291,6 +337,50 @@ class VisionTransformer(nn.Module):
     def taps(self, images: Tensor, blocks: Sequence[int], norm: TapNorm = "final") -> list[Tensor]:
         """Patch tokens per block: a list of (B, N, D). See ``forward_taps``."""
         return self.forward_taps(images, blocks, norm)[1]
+
+    def maps(self, images: Tensor, blocks: Sequence[int], norm: TapNorm = "final") -> list[Tensor]:
+        """Patch tokens per block as maps: a list of (B, D, rows, cols). See ``forward_taps``."""
+        grid = self.grid_for(images.shape[-2], images.shape[-1])
+        return [tokens_to_map(tap, grid) for tap in self.taps(images, blocks, norm)]
+
+    def trace(self, images: Tensor, last: int | None) -> Iterator[tuple[str, Tensor]]:
+        """Give the residual stream with names: the tokens, and twice per block.
+
+        Args:
+            images: (B, 3, H, W) float32, normalised.
+            last: the deepest block that is read; None reads the final output.
+
+        What a deploy graph computes is compared with these, name by name.
+        """
+        x = self.tokens(images)
+        yield "tokens", x
+        count = self.config.depth if last is None else last + 1
+        for index, block in enumerate(cast("list[Block]", self.blocks[:count])):
+            x = block.attend(x)
+            yield f"blocks.{index}.attn", x
+            x = block.feed(x)
+            yield f"blocks.{index}.mlp", x
+
+
+def check_multiple(image_size: tuple[int, int], patch: int) -> None:
+    """Refuse an image, (height, width), whose sides are no multiples of the patch size."""
+    height, width = image_size
+    if height % patch or width % patch or min(height, width) < patch:
+        near = max(round(height / patch), 1) * patch, max(round(width / patch), 1) * patch
+        raise ShapeError(
+            f"image size {height}×{width} is not a multiple of the patch size {patch}. "
+            f"Use {near[0]}×{near[1]}."
+        )
+
+
+def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, rows·cols, D) patch tokens, row-major → (B, D, rows, cols)."""
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid)
+
+
+def map_to_tokens(maps: Tensor) -> Tensor:
+    """(B, D, rows, cols) → (B, rows·cols, D) tokens, row-major."""
+    return maps.flatten(2).transpose(1, 2)
 
 
 def init_weights_(model: VisionTransformer, layer_scale: float = 1.0) -> VisionTransformer:
@@ -307,15 +397,3 @@ def init_weights_(model: VisionTransformer, layer_scale: float = 1.0) -> VisionT
     if model.config.registers:
         nn.init.normal_(model.register_tokens, std=1e-6)
     return model
-
-
-_PUBLISHED_TAPS = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
-
-
-def default_taps(depth: int) -> tuple[int, ...]:
-    """Four taps: the published ones, else evenly spaced to the last block. Source: METHODS A5."""
-    if depth in _PUBLISHED_TAPS:
-        return _PUBLISHED_TAPS[depth]
-    if depth < 4:
-        raise UsageError(f"four taps need at least 4 blocks, this backbone has {depth}")
-    return tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))

@@ -14,11 +14,13 @@ import kornia
 import msgspec
 import numpy as np
 import torch
+from PIL import Image
 
 from dinotrain.data.images import Pixels
 from dinotrain.data.masks import IGNORE, Mask
 from dinotrain.errors import ShapeError, UsageError
 
+BICUBIC = Image.Resampling.BICUBIC
 _GRID = (8, 8)
 
 
@@ -76,6 +78,10 @@ CHANGES = (
 """The changes in the order in which they are made."""
 
 
+LIGHT = AugmentConfig(horizontal_flip=0, vertical_flip=0, rotate=0, elastic=0, clahe=0, dropout=0)
+"""Brightness, contrast and blur: what leaves every distance in the picture as it is."""
+
+
 def sample_stream(seed: int, epoch: int, name: str) -> np.random.Generator:
     """Return the random stream of one sample in one epoch.
 
@@ -121,6 +127,38 @@ def augment(
             with torch.inference_mode():
                 _STEPS[name](pair, config, stream)
     return pair.image(), pair.mask()
+
+
+def random_crop(
+    image: Pixels,
+    rng: np.random.Generator,
+    area: tuple[float, float] = (0.08, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Pixels:
+    """Cut a random part out of a picture and enlarge it to the picture's size, bicubic.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        rng: draws size, shape and place.
+        area: smallest and largest part of the picture's area.
+        aspect: smallest and largest width over height; drawn evenly on a logarithmic scale.
+
+    Returns:
+        (H, W, 3) uint8. After ten draws that do not fit, the whole picture.
+
+    Source: METHODS D (RandomResizedCrop).
+    """
+    height, width = image.shape[:2]
+    for _ in range(10):
+        part = height * width * rng.uniform(*area)
+        shape = float(np.exp(rng.uniform(*np.log(aspect))))
+        across, down = (part * shape) ** 0.5, (part / shape) ** 0.5
+        if across <= width and down <= height:
+            left, top = rng.uniform(0, width - across), rng.uniform(0, height - down)
+            box = (left, top, left + across, top + down)
+            resized = Image.fromarray(image).resize((width, height), BICUBIC, box=box)
+            return np.array(resized)
+    return image
 
 
 class _Pair:

@@ -74,8 +74,7 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True):
 
     def labels(self, targets: Sequence[str]) -> NDArray[np.float64]:
         """(samples, targets), NaN where there is no label."""
-        rows = [[sample.values.get(name, math.nan) for name in targets] for sample in self.samples]
-        return np.array(rows, dtype=np.float64).reshape(len(rows), len(targets))
+        return label_table(self.samples, targets)
 
     def class_counts(self) -> dict[str, int]:
         """Samples per class, {name: count}; empty where samples have no classes."""
@@ -90,6 +89,12 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True):
     def load(self, image: ImageRef) -> Pixels:
         """(height, width, 3) uint8, cropped and oriented; see ``load_image``."""
         return load_image(image, self.image_size)
+
+
+def label_table(samples: Sequence[Sample], targets: Sequence[str]) -> NDArray[np.float64]:
+    """(samples, targets), NaN where there is no label."""
+    rows = [[sample.values.get(name, math.nan) for name in targets] for sample in samples]
+    return np.array(rows, dtype=np.float64).reshape(len(rows), len(targets))
 
 
 def load_image(image: ImageRef, image_size: tuple[int, int]) -> Pixels:

@@ -1,10 +1,11 @@
 """Heads over pooled features: linear ones, MLP, and a deep ensemble of MLPs, per branch of a task.
 
-A branch is a set of targets that reads the same vector; a task names its branches. All kinds give
-logits of one shape, (B, members, targets, width), so that nothing downstream asks which it is.
-Source: METHODS B6.
+A branch is a set of targets that reads the same vector; a task names its branches. All kinds, and
+the query decoder, give logits of one shape, (B, members, targets, width), so that nothing
+downstream asks which it is. Source: METHODS B6.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import msgspec
@@ -12,15 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from dinotrain.errors import UsageError
+from dinotrain.heads.query import QueryConfig
+from dinotrain.heads.segmentation import DecoderConfig
+
+HeadKind = Literal["linear", "probe", "mlp", "ensemble", "query", "multiscale"]
+Join = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""{input: (B, F)} pooled features → what the branches read, {branch: (B, in_width)}."""
 
 
 class HeadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The kind of head; ``members`` counts only for an ensemble."""
+    """The kind of head; ``members`` counts only for an ensemble, ``query`` and ``decoder`` for the
+    query decoder and the ``multiscale`` segmentation decoder.
+    """
 
-    kind: Literal["linear", "probe", "mlp", "ensemble"] = "mlp"
+    kind: HeadKind = "mlp"
     hidden: int = 256
     dropout: float = 0.1
     members: int = 5
+    query: QueryConfig = QueryConfig()
+    decoder: DecoderConfig = DecoderConfig()
 
     def __post_init__(self) -> None:
         """Refuse an ensemble of fewer than two."""
@@ -57,12 +68,22 @@ def build_mlp(in_width: int, out_width: int, config: HeadConfig) -> nn.Sequentia
 
 
 class BranchHead(nn.Module):
-    """One small network per branch and member."""
+    """One small network per branch and member.
 
-    def __init__(self, branches: list[BranchSpec], width: int, config: HeadConfig) -> None:
+    Args:
+        branches: in the order of their targets.
+        width: logits per target.
+        config: kind and size.
+        join: what the branches read of the inputs' features; by default inputs are branches.
+    """
+
+    def __init__(
+        self, branches: list[BranchSpec], width: int, config: HeadConfig, join: Join = dict
+    ) -> None:
         super().__init__()
         self.branches = branches
         self.width = width
+        self.join = join
         self.members = nn.ModuleList(
             nn.ModuleDict(
                 {b.name: build_mlp(b.in_width, b.targets * width, config) for b in branches}
@@ -70,8 +91,9 @@ class BranchHead(nn.Module):
             for _ in range(config.count)
         )
 
-    def forward(self, vectors: dict[str, Tensor]) -> Tensor:
-        """{branch: (B, in_width)} → (B, members, targets, width), targets in branch order."""
+    def forward(self, pooled: Mapping[str, Tensor]) -> Tensor:
+        """{input: (B, F)} → (B, members, targets, width), targets in branch order."""
+        vectors = self.join(pooled)
         return torch.stack([self._member(member, vectors) for member in self.members], dim=1)
 
     def _member(self, member: nn.Module, vectors: dict[str, Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
-"""From frozen features to one vector per image: CLS with mean patch, or a pyramid over taps.
+"""From a backbone to what a head reads: one vector per image, its tokens, or some of its maps.
 
-``extract`` is what the frozen backbone computes and what may be cached; ``forward`` is trained.
-Source: METHODS A5, B6.
+``extract`` is what the backbone computes and what may be cached; ``forward`` is trained. Both work
+on either family of backbones. Source: METHODS A5, B6, C, G.
 """
 
 from abc import ABC, abstractmethod
@@ -11,12 +11,20 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from dinotrain.backbones.vit import TapNorm, VisionTransformer, ViTConfig
+from dinotrain.backbones.convnets.backbone import ConvNet
+from dinotrain.backbones.convnets.config import ConvNetConfig
+from dinotrain.backbones.loading import Backbone, BackboneConfig
+from dinotrain.backbones.vit import TapNorm, VisionTransformer, ViTConfig, map_to_tokens
 from dinotrain.errors import UsageError
 from dinotrain.heads.pyramid import LateralPyramid
-from dinotrain.heads.segmentation import tokens_to_map
+from dinotrain.heads.simple_pyramid import CNN_SCALES, VIT_SCALES, MapNorm, SimplePyramid
 
-FeatureKind = Literal["cls", "cls_mean", "cls4", "cls4_mean", "pyramid"]
+FeatureKind = Literal[
+    "cls", "cls_mean", "cls4", "cls4_mean", "pooled", "pyramid", "sfp", "tokens", "maps"
+]
+Features = tuple[Tensor, ...]
+"""What one image, or a batch of them, gives; the batch is each tensor's first axis."""
+
 CLS_KINDS: dict[str, tuple[int, bool]] = {
     "cls": (1, False),
     "cls_mean": (1, True),
@@ -24,11 +32,17 @@ CLS_KINDS: dict[str, tuple[int, bool]] = {
     "cls4_mean": (4, True),
 }
 """Kind → (CLS tokens, with the mean patch)."""
+TAPS_READ = {"pyramid": 4, "sfp": 1, "tokens": 1, "maps": 3}
+"""Kind → how many taps it reads; the others read the final output."""
 
 
 class FeatureConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Which features are read: CLS of the last block or of four, with the mean patch or without; or
-    a lateral ``pyramid`` over four ``taps``.
+    """Which features are read.
+
+    A vector: CLS of the last block or of four, with the mean patch or without (ViT); the pooled map
+    (CNN); a lateral ``pyramid`` over four ``taps``; a simple one, ``sfp``, over the last map. Its
+    tokens, for the query decoder. Or three ``maps``, for the segmentation decoder. Taps are blocks
+    of a ViT (from 0), strides of a CNN.
     """
 
     kind: FeatureKind = "cls_mean"
@@ -37,17 +51,17 @@ class FeatureConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
 
 class Pool(nn.Module, ABC):
-    """Features of one image; ``width`` numbers."""
+    """Features of one image; ``width`` is that of a vector or token."""
 
     width: int
+    deepest: int | None = None
+    """The deepest tap that is read; None where it is the final output."""
+    gives_vector: bool = True
+    """Whether one vector per image comes out; else tokens or maps."""
 
     @abstractmethod
-    def extract(self, backbone: VisionTransformer, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised → what the frozen backbone gives, (B, ...), cacheable."""
-
-    @abstractmethod
-    def last_block(self, depth: int) -> int:
-        """Number of the last block whose output is read."""
+    def extract(self, backbone: Backbone, images: Tensor) -> Features:
+        """(B, 3, H, W) normalised → what the backbone gives, (B, …) each, cacheable."""
 
 
 class ClsPool(Pool):
@@ -72,7 +86,7 @@ class ClsPool(Pool):
         self.mean = mean
         self.width = (layers + mean) * backbone.embed_dim
 
-    def extract(self, backbone: VisionTransformer, images: Tensor) -> Tensor:
+    def extract(self, backbone: VisionTransformer, images: Tensor) -> Features:  # type: ignore[override]
         """(B, 3, H, W) → (B, width)."""
         outputs = [
             backbone.split(backbone.norm(x))
@@ -82,65 +96,145 @@ class ClsPool(Pool):
         parts = [output.cls_token for output in outputs]
         if self.mean:
             parts.append(outputs[-1].patch_tokens.mean(dim=1))
-        return torch.cat(parts, dim=-1)
+        return (torch.cat(parts, dim=-1),)
 
-    def last_block(self, depth: int) -> int:
-        """Return the final block: CLS comes after it."""
-        return depth - 1
-
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Features) -> Tensor:
         """(B, width) → the same."""
-        return features
+        return features[0]
 
 
-class LateralPyramidPool(LateralPyramid, Pool):
-    """Four taps → a lateral pyramid over their maps: (B, 4·channels).
+class PooledPool(Pool):
+    """The mean over all places of a CNN's last map; nothing is trained. Source: METHODS G."""
+
+    def __init__(self, backbone: ConvNetConfig) -> None:
+        super().__init__()
+        self.width = backbone.pooled_width
+
+    def extract(self, backbone: ConvNet, images: Tensor) -> Features:  # type: ignore[override]
+        """(B, 3, H, W) → (B, width)."""
+        return (backbone.pooled(images),)
+
+    def forward(self, features: Features) -> Tensor:
+        """(B, width) → the same."""
+        return features[0]
+
+
+class TapPool(Pool):
+    """Maps of some taps, each normalised as the config says.
 
     Args:
-        backbone: gives the width of the taps.
-        config: exactly four taps.
-        grid: (rows, cols) of the patch grid.
-        channels: width of the pyramid.
+        backbone: gives widths and sizes.
+        config: kind and taps; no taps take the backbone's own.
+        image_size: (height, width) in pixels.
 
-    Source: METHODS B6, FPN (a).
+    Attributes:
+        widths: channels of the maps, shallow to deep.
+        grids: (rows, cols) of the maps.
     """
 
     def __init__(
-        self, backbone: ViTConfig, config: FeatureConfig, grid: tuple[int, int], channels: int = 256
+        self, backbone: BackboneConfig, config: FeatureConfig, image_size: tuple[int, int]
     ) -> None:
-        if len(config.taps) != 4:
-            raise UsageError(f"a pyramid reads 4 taps, {len(config.taps)} are named: {config.taps}")
-        dim = backbone.embed_dim
-        super().__init__([dim] * 4, one_scale=True, channels=channels)
-        self.config = config
-        self.grid = grid
-        if config.tap_norm == "own_ln":
-            self.norms = nn.ModuleList(
-                nn.LayerNorm(dim, eps=backbone.layer_norm_eps) for _ in config.taps
+        super().__init__()
+        self.gives_vector = config.kind in ("pyramid", "sfp")
+        count = TAPS_READ[config.kind]
+        taps = config.taps or own_taps(backbone, config.kind)
+        if len(taps) != count:
+            raise UsageError(
+                f"{config.kind} features read {count} taps, {len(taps)} are named: "
+                f"{', '.join(map(str, taps))}"
             )
+        self.taps = taps
+        self.deepest = max(taps)
+        self.norm = config.tap_norm
+        self.widths = tuple(backbone.tap_width(tap) for tap in taps)
+        self.width = self.widths[-1]
+        self.grids = tuple(backbone.tap_grid(tap, image_size) for tap in taps)
+        eps = getattr(backbone, "layer_norm_eps", 1e-6)
+        own = self.norm == "own_ln"
+        self.norms = nn.ModuleList(MapNorm(width, eps) for width in self.widths if own)
 
-    def extract(self, backbone: VisionTransformer, images: Tensor) -> Tensor:
-        """(B, 3, H, W) → (B, 4, N, D)."""
-        norm = "final" if self.config.tap_norm == "final" else "none"
-        return torch.stack(backbone.taps(images, self.config.taps, norm), dim=1)
+    def extract(self, backbone: Backbone, images: Tensor) -> Features:
+        """(B, 3, H, W) → one (B, C, rows, cols) per tap."""
+        norm = "final" if self.norm == "final" else "none"
+        return tuple(backbone.maps(images, self.taps, norm))
 
-    def last_block(self, depth: int) -> int:
-        """Return the deepest tap."""
-        return max(self.config.taps)
+    def forward(self, features: Features) -> "list[Tensor] | Tensor":
+        """Maps → maps, with their own norms where these are asked for."""
+        if not self.norms:
+            return list(features)
+        return [norm(x) for norm, x in zip(self.norms, features, strict=True)]
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, 4, N, D) → (B, 4·channels)."""
-        taps = [features[:, index] for index in range(4)]
-        if self.config.tap_norm == "own_ln":
-            taps = [norm(tap) for norm, tap in zip(self.norms, taps, strict=True)]
-        return super().forward([tokens_to_map(tap, self.grid) for tap in taps])
+
+class TokenPool(TapPool):
+    """The places of the last map, one token each."""
+
+    def forward(self, features: Features) -> Tensor:
+        """(B, C, rows, cols) → (B, rows·cols, C)."""
+        (x,) = super().forward(features)
+        return map_to_tokens(x)
+
+
+class PyramidPool(TapPool):
+    """A feature pyramid: lateral over four taps, or a simple one over the last map.
+
+    Args:
+        backbone: see ``TapPool``.
+        config: ``pyramid`` or ``sfp``.
+        image_size: see ``TapPool``.
+        channels: width of the pyramid; the vector is four times that.
+
+    Source: METHODS B6, FPN (a) and (b); G.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        config: FeatureConfig,
+        image_size: tuple[int, int],
+        channels: int = 256,
+    ) -> None:
+        super().__init__(backbone, config, image_size)
+        # A ViT's maps are of one size; a CNN's halve from tap to tap.
+        vit = isinstance(backbone, ViTConfig)
+        self.pyramid: nn.Module
+        if config.kind == "pyramid":
+            self.pyramid = LateralPyramid(self.widths, one_scale=vit, channels=channels)
+        else:
+            scales = VIT_SCALES if vit else CNN_SCALES
+            self.pyramid = SimplePyramid(self.widths[0], scales, channels)
+        self.width = 4 * channels
+
+    def forward(self, features: Features) -> Tensor:
+        """Maps → (B, 4·channels)."""
+        maps = super().forward(features)
+        return self.pyramid(maps if isinstance(self.pyramid, LateralPyramid) else maps[0])
+
+
+def own_taps(backbone: BackboneConfig, kind: FeatureKind) -> tuple[int, ...]:
+    """Return the taps that a kind reads where none are named."""
+    count = TAPS_READ[kind]
+    return (backbone.last_tap,) if count == 1 else backbone.default_taps(count)
 
 
 def build_pool(
-    backbone: ViTConfig, config: FeatureConfig, image_size: tuple[int, int]
-) -> ClsPool | LateralPyramidPool:
-    """Return the pool that a config names."""
+    backbone: BackboneConfig, config: FeatureConfig, image_size: tuple[int, int]
+) -> Pool:
+    """Return the pool that a config names.
+
+    Raises:
+        UsageError: the backbone has no such features, or not those taps.
+    """
+    vit = isinstance(backbone, ViTConfig)
     if config.kind in CLS_KINDS:
+        if not vit:
+            raise UsageError(
+                f"{backbone.name} has no CLS token, so no {config.kind} features. Use pooled."
+            )
         return ClsPool(backbone, *CLS_KINDS[config.kind])
-    patch = backbone.patch_size
-    return LateralPyramidPool(backbone, config, (image_size[0] // patch, image_size[1] // patch))
+    if config.kind == "pooled":
+        if vit:
+            raise UsageError(f"{backbone.name} has no pooled map. Use cls_mean.")
+        return PooledPool(backbone)
+    pools = {"maps": TapPool, "tokens": TokenPool, "pyramid": PyramidPool, "sfp": PyramidPool}
+    return pools[config.kind](backbone, config, image_size)

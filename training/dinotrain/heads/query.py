@@ -88,8 +88,7 @@ class QueryHead(nn.Module):
     """Patch tokens of every image of a sample → logits, one learned query per target.
 
     Tokens of one image are normalised, projected, and marked by a learned embedding of which image
-    (which gaze) they are from; the queries look through those of all images at once. An image that
-    a sample lacks is replaced by a learned token.
+    (which gaze) they are from; the queries look through those of all images at once.
 
     Args:
         inputs: names of the images, in the order in which their tokens are joined.
@@ -121,22 +120,16 @@ class QueryHead(nn.Module):
         self.norm = nn.LayerNorm(in_width)
         self.project = nn.Linear(in_width, dim)
         self.origin = nn.ParameterDict({name: _embedding(1, dim) for name in inputs})
-        self.absent = nn.ParameterDict({name: _embedding(1, dim) for name in inputs})
         self.queries = _embedding(targets, dim)
         self.layers = nn.ModuleList(QueryLayer(config) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(dim)
         self.outputs = nn.ModuleList(nn.Linear(dim, width) for _ in range(targets))
 
-    def forward(
-        self, tokens: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Mapping[str, Tensor]) -> Tensor:
         """Read all images of a batch of samples.
 
         Args:
-            tokens: {input: (B, N, in_width)}, finite, also where the image is absent; N may differ
-                between inputs.
-            present: {input: (B,) bool}, False where a sample lacks the image; inputs that are not
-                named are there.
+            tokens: {input: (B, N, in_width)}; N may differ between inputs.
 
         Returns:
             (B, 1, targets, width).
@@ -148,23 +141,16 @@ class QueryHead(nn.Module):
         if missing:
             raise ShapeError(
                 f"the query decoder reads {', '.join(self.inputs)}, and there are no tokens of "
-                f"'{missing[0]}'; give any tokens and mark it as not present"
+                f"'{missing[0]}'"
             )
-        memory = torch.cat([self._mark(name, tokens[name], present) for name in self.inputs], dim=1)
+        marked = [self.project(self.norm(tokens[n])) + self.origin[n] for n in self.inputs]
+        memory = torch.cat(marked, dim=1)
         queries = self.queries.expand(memory.shape[0], -1, -1)
         for layer in self.layers:
             queries = layer(queries, memory)
         answers = self.final_norm(queries)
         logits = [output(answers[:, index]) for index, output in enumerate(self.outputs)]
         return torch.stack(logits, dim=1).unsqueeze(1)
-
-    def _mark(self, name: str, tokens: Tensor, present: Mapping[str, Tensor] | None) -> Tensor:
-        """(B, N, in_width) of one image → (B, N, dim), known by its origin."""
-        projected = self.project(self.norm(tokens))
-        if present is not None and name in present:
-            there = present[name].reshape(-1, 1, 1)
-            projected = torch.where(there, projected, self.absent[name].to(projected.dtype))
-        return projected + self.origin[name]
 
     def output_weights(self) -> list[Tensor]:
         """Weights of the output layers, one (targets, width, dim): all read the same space."""
@@ -175,11 +161,6 @@ class QueryHead(nn.Module):
         """Set the output biases, (targets, width), in place: where training starts."""
         for output, row in zip(self.outputs, bias, strict=True):
             output.bias.copy_(row)  # type: ignore[union-attr]
-
-
-def map_tokens(maps: Tensor) -> Tensor:
-    """(B, C, H, W) map of a CNN → (B, H·W, C) tokens, row-major."""
-    return maps.flatten(2).transpose(1, 2)
 
 
 def _embedding(count: int, dim: int) -> nn.Parameter:

@@ -22,31 +22,6 @@ class DecoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     dropout: float = 0.1
 
 
-def segmentation_taps(depth: int) -> tuple[int, int, int]:
-    """Return the blocks that are read: a third, two thirds and all of the way; 3, 7, 11 of 12.
-
-    Args:
-        depth: number of blocks, at least 3.
-
-    Returns:
-        0-based numbers of blocks, shallow to deep.
-
-    Raises:
-        UsageError: fewer than three blocks.
-    """
-    if depth < 3:
-        raise UsageError(
-            f"a backbone of {depth} blocks has no three taps; the segmentation decoder needs at "
-            "least 3 blocks. Choose a deeper backbone."
-        )
-    return depth // 3 - 1, 2 * depth // 3 - 1, depth - 1
-
-
-def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, rows·cols, D) patch tokens, row-major → (B, D, rows, cols)."""
-    return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid)
-
-
 def group_count(channels: int) -> int:
     """Return the largest divisor of ``channels`` up to 32: the groups of a normalisation."""
     return next(n for n in range(min(channels, MAX_GROUPS), 0, -1) if channels % n == 0)

@@ -20,9 +20,9 @@ CNN_SCALES = (8.0, 4.0, 2.0, 1.0)
 class MapNorm(nn.Module):
     """LayerNorm over the channels of each place of a map."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.norm = nn.LayerNorm(channels, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → the same."""

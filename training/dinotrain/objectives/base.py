@@ -1,12 +1,15 @@
 """What training asks of a model: a loss, the figure that validation watches, and a baseline."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 Values = NDArray[np.float64]
+Predictions = dict[str, NDArray[Any]]
+"""Named outputs of a model, samples first: float64, or whole numbers where the output has them."""
 
 
 class Objective(ABC):
@@ -32,7 +35,7 @@ class Objective(ABC):
         """Logits and (B, labels) float64, NaN where a label is missing → a scalar."""
 
     @abstractmethod
-    def validation_error(self, predicted: Values, true: Values) -> float | None:
+    def validation_error(self, predicted: Predictions, true: NDArray[Any]) -> float | None:
         """Return the figure that stops training, lower is better; None where no label is."""
 
     @abstractmethod

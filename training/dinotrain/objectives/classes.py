@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dinotrain.errors import DataError, UsageError
 from dinotrain.losses.classification import cross_entropy
-from dinotrain.objectives.base import Objective, Values
+from dinotrain.objectives.base import Objective, Predictions, Values
 
 if TYPE_CHECKING:
     from dinotrain.heads.branch import BranchHead
@@ -68,12 +68,12 @@ class ClassObjective(Objective):
         mask = ~labels.isnan()
         return cross_entropy(logits, labels.nan_to_num(0.0).long(), mask)
 
-    def validation_error(self, predicted: Values, true: Values) -> float | None:
+    def validation_error(self, predicted: Predictions, true: Values) -> float | None:
         """Mean of −log p of the true class."""
         labelled = np.isfinite(true[:, 0])
         if not labelled.any():
             return None
-        chosen = predicted[labelled, true[labelled, 0].astype(int)]
+        chosen = predicted["probabilities"][labelled, true[labelled, 0].astype(int)]
         return float(-np.log(np.clip(chosen, 1e-12, 1)).mean())
 
     def baseline(self, labels: Values) -> dict[str, float]:

@@ -14,7 +14,7 @@ from dinotrain.errors import DataError, UsageError
 from dinotrain.losses.bits import bit_weights, focal
 from dinotrain.losses.orthogonality import task_orthogonality
 from dinotrain.losses.regression import mse
-from dinotrain.objectives.base import Objective, Values
+from dinotrain.objectives.base import Objective, Predictions, Values
 
 if TYPE_CHECKING:
     from dinotrain.decoders import MeasureDecoder
@@ -94,9 +94,10 @@ class MeasureObjective(Objective):
             loss = loss + config.or_lambda * overlap
         return loss
 
-    def validation_error(self, predicted: Values, true: Values) -> float | None:
+    def validation_error(self, predicted: Predictions, true: Values) -> float | None:
         """Mean over targets of the mean absolute error, in the targets' unit."""
-        error = np.abs(predicted - true)
+        values = np.stack([predicted[target.output_name] for target in self.targets], axis=1)
+        error = np.abs(values - true)
         per_target = [column[~np.isnan(column)] for column in error.T]
         means = [float(column.mean()) for column in per_target if len(column)]
         return sum(means) / len(means) if means else None

@@ -4,7 +4,7 @@ Nothing outside this folder asks which task it has.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,18 @@ import msgspec
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
-    from torch import Tensor, nn
+    from torch import nn
 
-    from dinotrain.data.dataset import Dataset
+    from dinotrain.data.dataset import Dataset, Sample
+    from dinotrain.data.images import Pixels
+    from dinotrain.heads.branch import HeadKind
+    from dinotrain.heads.pool import Pool
     from dinotrain.model import ModelConfig, TaskModel
-    from dinotrain.objectives.base import Objective
+    from dinotrain.objectives.base import Objective, Predictions
     from dinotrain.train_config import TrainConfig
+
+    Loaded = tuple[dict[str, Pixels], np.ndarray]
+    """Pictures of one sample, {input: (H, W, 3) uint8}, and its row of ``truth``."""
 
 
 class TaskInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,6 +81,10 @@ class Task(ABC):
     inputs: tuple[TaskInput, ...]
     labels: tuple[str, ...]
     """Names of the values that a sample is labelled with."""
+    heads: "tuple[HeadKind, ...]"
+    """Kinds of heads that fit; the first is the default."""
+    truth_moves: bool = False
+    """Whether ``truth`` changes with the picture's geometry, as masks do."""
     window_mm: float = 0.0
     """Width of the picture that a model reads; 0 where pictures have no scale."""
     orientation: str = ""
@@ -94,16 +104,12 @@ class Task(ABC):
         """What an app does to a picture before the model reads it."""
 
     @abstractmethod
-    def build_head(self, config: "ModelConfig", width: int) -> "nn.Module":
-        """Return the trained part over pooled features of ``width``; it gives logits."""
+    def build_head(self, config: "ModelConfig", pool: "Pool") -> "nn.Module":
+        """Return the trained part over what a pool gives, {input: pooled}; it gives logits."""
 
     @abstractmethod
     def build_decoder(self, config: "ModelConfig") -> "nn.Module":
         """Return what turns logits into {output: values}; the last part of the deploy graph."""
-
-    @abstractmethod
-    def combine(self, features: "dict[str, Tensor]") -> "dict[str, Tensor]":
-        """{input: (B, F)} pooled features → what the head reads, {branch: (B, …)}."""
 
     @abstractmethod
     def choose_loss(self, config: "TrainConfig") -> str:
@@ -117,13 +123,40 @@ class Task(ABC):
     def objective(self, config: "TrainConfig", model: "TaskModel") -> "Objective":
         """Return what training minimises, and how predictions are judged."""
 
-    @abstractmethod
-    def collect(self, outputs: "dict[str, Tensor]") -> "Tensor":
-        """Named outputs → (B, …), the form in which predictions are kept and judged."""
+    def truth(self, samples: "Sequence[Sample]", image_size: tuple[int, int]) -> "np.ndarray":
+        """Return what predictions are compared with: (n, labels) float64, NaN where missing."""
+        from dinotrain.data.dataset import label_table
+
+        return label_table(samples, self.labels)
 
     @abstractmethod
     def read(self, path: Path, *, image_size: tuple[int, int], seed: int = 0) -> "Dataset":
         """Read labelled data, checked, split by subject."""
+
+    def load(
+        self,
+        sample: "Sample",
+        image_size: tuple[int, int],
+        stream: "np.random.Generator | None" = None,
+    ) -> "Loaded":
+        """Read one sample: {input: (H, W, 3) uint8}, and its row of ``truth``.
+
+        Args:
+            sample: what to read.
+            image_size: (height, width) in pixels.
+            stream: of the augmentation; None leaves the pictures as they are.
+        """
+        from dinotrain.data.dataset import load_image
+
+        pixels = {name: load_image(ref, image_size) for name, ref in sample.images.items()}
+        truth = self.truth([sample], image_size)[0]
+        return (pixels, truth) if stream is None else self.augment(pixels, truth, stream)
+
+    @abstractmethod
+    def augment(
+        self, pixels: "dict[str, Pixels]", truth: "np.ndarray", stream: "np.random.Generator"
+    ) -> "Loaded":
+        """Change a training sample at random, in ways that its labels bear."""
 
     def error(self, expected: "np.ndarray", actual: "np.ndarray") -> float:
         """Return how far one output is off, in ``error_unit``: the largest difference.
@@ -151,7 +184,7 @@ class Task(ABC):
     @abstractmethod
     def evaluate(
         self,
-        predicted: "np.ndarray",
+        predicted: "Predictions",
         true: "np.ndarray",
         reference: "np.ndarray",
         classes: tuple[str, ...] = (),
@@ -159,8 +192,8 @@ class Task(ABC):
         """Metrics per output of predictions; NaN marks a missing label.
 
         Args:
-            predicted: (n, …), what ``collect`` gives.
-            true: (n, labels).
+            predicted: the named outputs, samples first.
+            true: what ``truth`` gives for them.
             reference: (m, labels), labels that were trained on: what a model must beat.
             classes: names, where the task has classes.
         """

@@ -3,7 +3,7 @@
 Source: METHODS D.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
@@ -16,13 +16,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dinotrain.data.dataset import Dataset
+    from dinotrain.data.images import Pixels
     from dinotrain.decoders import ProbabilityDecoder
     from dinotrain.heads.branch import BranchHead
+    from dinotrain.heads.pool import Pool
+    from dinotrain.heads.query import QueryHead
     from dinotrain.model import ModelConfig, TaskModel
+    from dinotrain.objectives.base import Predictions
     from dinotrain.objectives.classes import ClassObjective
+    from dinotrain.tasks.base import Loaded
     from dinotrain.train_config import TrainConfig
 
 SAMPLE_SEED = 20260202
+FLIP = 0.5
 SPREAD = "probabilities_std"
 
 
@@ -34,6 +40,7 @@ class ClassifyTask(Task):
     summary = "probabilities of the classes that the training data name, from one photograph"
     inputs = (TaskInput("image", "the photograph"),)
     labels = ("class",)
+    heads = ("mlp", "linear", "probe", "ensemble", "query")
     budgets = {"fp32": 0.0001, "fp16": 0.02}  # noqa: RUF012
     error_unit = "probability"
 
@@ -56,27 +63,27 @@ class ClassifyTask(Task):
             "pixels (bicubic, antialiased), 8-bit RGB"
         )
 
-    def build_head(self, config: "ModelConfig", width: int) -> "BranchHead":
+    def build_head(self, config: "ModelConfig", pool: "Pool") -> "BranchHead | QueryHead":
         """One logit per class."""
-        from dinotrain.heads.branch import BranchHead, BranchSpec
+        from dinotrain.heads.branch import BranchSpec
+        from dinotrain.heads.build import build_target_head
 
         if len(config.classes) < 2:
             raise DataError(f"{len(config.classes)} classes; a classifier has two or more")
-        return BranchHead([BranchSpec("classes", width, 1)], len(config.classes), config.head)
+        return build_target_head(
+            config.head,
+            inputs=[i.name for i in self.inputs],
+            in_width=pool.width,
+            branches=[BranchSpec("classes", pool.width, 1)],
+            width=len(config.classes),
+            join=take_image,
+        )
 
     def build_decoder(self, config: "ModelConfig") -> "ProbabilityDecoder":
         """Softmax."""
         from dinotrain.decoders import ProbabilityDecoder
 
         return ProbabilityDecoder()
-
-    def combine(self, features: "dict[str, Tensor]") -> "dict[str, Tensor]":
-        """The head reads the features of the one photograph."""
-        return {"classes": features["image"]}
-
-    def collect(self, outputs: "dict[str, Tensor]") -> "Tensor":
-        """(B, classes), probabilities."""
-        return outputs["probabilities"]
 
     def choose_loss(self, config: "TrainConfig") -> str:
         """Cross-entropy."""
@@ -95,6 +102,17 @@ class ClassifyTask(Task):
         from dinotrain.data.class_folder import read_class_folder
 
         return read_class_folder(path, image_size=image_size, seed=seed)
+
+    def augment(
+        self, pixels: "dict[str, Pixels]", truth: "np.ndarray", stream: "np.random.Generator"
+    ) -> "Loaded":
+        """Cut a random part out and mirror every other picture (METHODS D)."""
+        from dinotrain.data.augment import random_crop
+
+        image = random_crop(pixels["image"], stream)
+        if stream.random() < FLIP:
+            image = image[:, ::-1]
+        return {"image": image}, truth
 
     def synthesise(
         self, count: int, seed: int, out: Path, progress: Callable[[int, int], None] | None = None
@@ -122,7 +140,7 @@ class ClassifyTask(Task):
 
     def evaluate(
         self,
-        predicted: "np.ndarray",
+        predicted: "Predictions",
         true: "np.ndarray",
         reference: "np.ndarray",
         classes: tuple[str, ...] = (),
@@ -134,7 +152,11 @@ class ClassifyTask(Task):
 
         seen = reference[np.isfinite(reference)].astype(int)
         majority = int(np.bincount(seen).argmax()) if seen.size else 0
-        return {"probabilities": evaluate_classes(predicted, true[:, 0], majority, classes)}
+        return {
+            "probabilities": evaluate_classes(
+                predicted["probabilities"], true[:, 0], majority, classes
+            )
+        }
 
     def draw(
         self,
@@ -147,3 +169,8 @@ class ClassifyTask(Task):
         from dinotrain.tasks.classify_drawing import draw_classes
 
         return draw_classes(images["image"], outputs, caption, classes)
+
+
+def take_image(features: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """The head reads the features of the one photograph."""
+    return {"classes": features["image"]}

@@ -3,7 +3,7 @@
 Source: METHODS B2, B3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
@@ -17,10 +17,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dinotrain.data.dataset import Dataset
+    from dinotrain.data.images import Pixels
     from dinotrain.decoders import MeasureDecoder
     from dinotrain.heads.branch import BranchHead
+    from dinotrain.heads.pool import Pool
+    from dinotrain.heads.query import QueryHead
     from dinotrain.model import ModelConfig, TaskModel
+    from dinotrain.objectives.base import Predictions
     from dinotrain.objectives.measure import MeasureObjective
+    from dinotrain.tasks.base import Loaded
     from dinotrain.train_config import TrainConfig
 
 SAMPLE_SEED = 20260101
@@ -47,6 +52,7 @@ class EyelidTask(Task):
         Branch("lf", ("lf",), inputs_read=3),
     )
     labels = tuple(target.name for target in targets)
+    heads = ("mlp", "linear", "probe", "ensemble", "query")
     window_mm = 40.0
     orientation = "right"
     notice = "Research software, not a medical device."
@@ -73,24 +79,28 @@ class EyelidTask(Task):
             f"{width}×{height} pixels (bicubic, antialiased), 8-bit RGB"
         )
 
-    def build_head(self, config: "ModelConfig", width: int) -> "BranchHead":
-        """One branch per set of gazes."""
-        from dinotrain.heads.branch import BranchHead, BranchSpec
+    def build_head(self, config: "ModelConfig", pool: "Pool") -> "BranchHead | QueryHead":
+        """One branch per set of gazes, or one query per distance."""
+        from dinotrain.heads.branch import BranchSpec
+        from dinotrain.heads.build import build_target_head
 
-        branches = [
-            BranchSpec(b.name, b.inputs_read * width, len(b.targets)) for b in self.branches
-        ]
-        return BranchHead(branches, config.encoding.width, config.head)
+        return build_target_head(
+            config.head,
+            inputs=[i.name for i in self.inputs],
+            in_width=pool.width,
+            branches=[
+                BranchSpec(b.name, b.inputs_read * pool.width, len(b.targets))
+                for b in self.branches
+            ],
+            width=config.encoding.width,
+            join=join_gazes,
+        )
 
     def build_decoder(self, config: "ModelConfig") -> "MeasureDecoder":
         """Bits to millimetres."""
         from dinotrain.decoders import MeasureDecoder
 
         return MeasureDecoder(config.encoding, self.targets)
-
-    def collect(self, outputs: "dict[str, Tensor]") -> "Tensor":
-        """(B, 3), in millimetres."""
-        return torch.stack([outputs[target.output_name] for target in self.targets], dim=1)
 
     def choose_loss(self, config: "TrainConfig") -> str:
         """Cross-entropy of the bits; squared error of a scalar."""
@@ -106,16 +116,24 @@ class EyelidTask(Task):
             config, cast("BranchHead", model.head), cast("MeasureDecoder", model.decoder)
         )
 
-    def combine(self, features: "dict[str, Tensor]") -> "dict[str, Tensor]":
-        """MRD reads the primary gaze; LF reads up ‖ down ‖ up − down."""
-        up, down = features["up"], features["down"]
-        return {"mrd": features["primary"], "lf": torch.cat((up, down, up - down), dim=-1)}
-
     def read(self, path: Path, *, image_size: tuple[int, int], seed: int = 0) -> "Dataset":
         """Read a manifest CSV (METHODS B3)."""
         from dinotrain.data.eyelid_manifest import read_manifest
 
         return read_manifest(path, image_size=image_size, window_mm=self.window_mm, seed=seed)
+
+    def augment(
+        self, pixels: "dict[str, Pixels]", truth: "np.ndarray", stream: "np.random.Generator"
+    ) -> "Loaded":
+        """Change light and sharpness alone: a picture's geometry is what is measured."""
+        from dinotrain.data.augment import LIGHT, augment
+
+        streams = stream.spawn(len(pixels))
+        changed = {
+            name: augment(pixels[name], None, LIGHT, own)[0]
+            for name, own in zip(sorted(pixels), streams, strict=True)
+        }
+        return changed, truth
 
     def synthesise(
         self, count: int, seed: int, out: Path, progress: Callable[[int, int], None] | None = None
@@ -152,15 +170,18 @@ class EyelidTask(Task):
 
     def evaluate(
         self,
-        predicted: "np.ndarray",
+        predicted: "Predictions",
         true: "np.ndarray",
         reference: "np.ndarray",
         classes: tuple[str, ...] = (),
     ) -> Any:
         """Metrics of METHODS B8 per target, with the mean-predictor row."""
+        import numpy as np
+
         from dinotrain.metrics.regression import evaluate_targets
 
-        return evaluate_targets(predicted, true, reference, self.targets)
+        values = np.stack([predicted[target.output_name] for target in self.targets], axis=1)
+        return evaluate_targets(values, true, reference, self.targets)
 
     def draw(
         self,
@@ -176,3 +197,9 @@ class EyelidTask(Task):
 
         values = {name: float(np.ravel(value)[0]) for name, value in outputs.items()}
         return draw_measurement(images, values, caption, window_mm=self.window_mm)
+
+
+def join_gazes(features: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """MRD reads the primary gaze; LF reads up ‖ down ‖ up − down."""
+    up, down = features["up"], features["down"]
+    return {"mrd": features["primary"], "lf": torch.cat((up, down, up - down), dim=-1)}

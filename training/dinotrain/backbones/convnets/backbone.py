@@ -4,7 +4,7 @@ Heads and pyramids read it as they read ``vit.py``'s tokens, as maps in place of
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dinotrain.backbones.convnets.config import TAP_STRIDES, ConvNetConfig
 from dinotrain.backbones.convnets.layers import BatchNorm
+from dinotrain.backbones.vit import TapNorm
 from dinotrain.errors import ShapeError, UsageError
 
 MIN_SIZE = 32
@@ -90,6 +91,47 @@ class ConvNet(nn.Module, ABC):
         needed = [self.config.tap_stages[stride] for stride in strides]
         outputs = self._run(images, max(needed, default=-1) + 1)
         return [outputs[index] for index in needed]
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float32, normalised → (B, pooled_width)."""
+        return self(images).pooled
+
+    def maps(self, images: Tensor, strides: Sequence[int], norm: TapNorm = "none") -> list[Tensor]:
+        """As ``taps``; there is no final norm to apply, whatever ``norm`` says."""
+        return self.taps(images, strides)
+
+    def trace(self, images: Tensor, last: int | None) -> Iterator[tuple[str, Tensor]]:
+        """Give the maps with names: after the stem, after each block, after the projection.
+
+        Args:
+            images: (B, 3, H, W) float32, normalised.
+            last: stride of the deepest tap that is read; None reads the pooled output.
+
+        What a deploy graph computes is compared with these, name by name.
+        """
+        x = self.embed(images)
+        yield "stem", x
+        for index, stage in enumerate(self.stage_modules()[: self.config.stage_count(last)]):
+            for place, block in enumerate(stage):
+                x = block(x)
+                yield f"stages.{index}.{place}", x
+        if last is None and self.last_modules():
+            yield "projection", self.project(x)
+
+    def trace_names(self, last: int | None) -> list[str]:
+        """Names that ``trace`` gives, in order."""
+        stages = self.stage_modules()[: self.config.stage_count(last)]
+        blocks = [f"stages.{i}.{j}" for i, stage in enumerate(stages) for j in range(len(stage))]
+        projected = last is None and self.last_modules()
+        return ["stem", *blocks, *(["projection"] if projected else [])]
+
+    def stage_end(self, stage: int) -> str:
+        """Name that ``trace`` gives the output of a stage."""
+        return f"stages.{stage}.{len(self.stage_modules()[stage]) - 1}"
+
+    def first_convolution(self) -> nn.Conv2d:
+        """Return the convolution that reads the image."""
+        return next(module for module in self.modules() if isinstance(module, nn.Conv2d))
 
     def _run(self, images: Tensor, stages: int) -> list[Tensor]:
         check_image_size((images.shape[-2], images.shape[-1]))

@@ -145,6 +145,52 @@ class ConvNetConfig(
         """{stride: channels of its tap}."""
         return {stride: self.stages[index].channels for stride, index in self.tap_stages.items()}
 
+    @property
+    def position_rule(self) -> str:
+        """Nothing: there are no positions."""
+        return ""
+
+    @property
+    def size_step(self) -> int:
+        """Pixels that both sides of an image are a multiple of: any size is accepted."""
+        return 1
+
+    @property
+    def least_size(self) -> int:
+        """Pixels of an image's side at least: the largest stride."""
+        return TAP_STRIDES[-1]
+
+    @property
+    def last_tap(self) -> int:
+        """The deepest tap: stride 32."""
+        return TAP_STRIDES[-1]
+
+    def stage_count(self, tap: int | None) -> int:
+        """Stages that run for a deepest tap; all of them for None, the pooled output."""
+        return len(self.stages) if tap is None else self.tap_stages[tap] + 1
+
+    def default_taps(self, count: int) -> tuple[int, ...]:
+        """Return the strides that are read where none are named, fine to coarse.
+
+        Of three the finest stays and the coarsest goes: a mask needs edges more than context.
+        """
+        if not 1 <= count <= len(TAP_STRIDES):
+            raise UsageError(f"{count} taps of {self.name}; it has {len(TAP_STRIDES)}")
+        return TAP_STRIDES[:count]
+
+    def tap_width(self, tap: int) -> int:
+        """Channels of a tap's map, or UsageError for a stride that has none."""
+        if tap not in TAP_STRIDES:
+            raise UsageError(
+                f"{self.name} has no tap at stride {tap}. "
+                f"Known: {', '.join(map(str, TAP_STRIDES))}."
+            )
+        return self.tap_channels[tap]
+
+    def tap_grid(self, tap: int, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of a tap's map: ⌈side / stride⌉."""
+        return -(-image_size[0] // tap), -(-image_size[1] // tap)
+
 
 _SCALES = (
     (1.0, 1.0, 224),
