@@ -16,6 +16,7 @@ from dinotrain import probe as module
 from dinotrain.backbones.vit import VisionTransformer, ViTConfig, init_weights_
 from dinotrain.checkpoint import load_checkpoint, read_config
 from dinotrain.errors import DataError, UsageError
+from dinotrain.heads.pool import CLS_KINDS
 from dinotrain.probe import (
     RATES,
     _choose_iterations,
@@ -91,8 +92,8 @@ def test_the_best_classifier_becomes_a_checkpoint(config):
     assert header.features.kind == result.features
     assert header.training["lr"] == result.rate
     assert header.training["probe"]["val_accuracy"] == result.linear
-    assert result.linear.keys() == {"cls", "cls_mean", "cls4", "cls4_mean"}
-    rates = [f"{rate:g}" for rate in RATES["standardised"]]
+    assert result.linear.keys() == set(CLS_KINDS)
+    rates = [f"{rate:g}" for rate in RATES["broad"]]
     assert all(list(row) == rates for row in result.linear.values())
     assert header.training["probe"]["iterations"] == result.iterations == 150
     assert result.sweep_s > 0
@@ -116,6 +117,7 @@ def test_the_same_seed_gives_the_same_bytes(config):
 
 def test_the_published_protocol(config):
     result = probe(config, 20, protocol="published")
+    assert result.linear.keys() == {"cls", "cls_mean", "cls4", "cls4_mean"}
     assert [float(rate) for rate in result.linear["cls"]] == list(RATES["published"])
     assert read_config(result.path).training["probe"]["protocol"] == "published"
 
@@ -123,9 +125,9 @@ def test_the_published_protocol(config):
 def test_how_long_a_protocol_trains():
     assert _choose_iterations("published", 1000, 128) == 12500
     # 100 passes, within bounds.
-    assert _choose_iterations("standardised", 50, 128) == 1000
-    assert _choose_iterations("standardised", 1437, 128) == math.ceil(143700 / 128)
-    assert _choose_iterations("standardised", 10**6, 128) == 12500
+    assert _choose_iterations("broad", 50, 128) == 1000
+    assert _choose_iterations("broad", 1437, 128) == math.ceil(143700 / 128)
+    assert _choose_iterations("broad", 10**6, 128) == 12500
 
 
 def test_progress_counts_all_steps(config):
@@ -134,8 +136,8 @@ def test_progress_counts_all_steps(config):
     swept = [args for args in told if args[0] == "probe"]
     done = [args[1] for args in swept]
     assert done == sorted(done)
-    assert done[-1] == swept[-1][2] == 4 * 120
-    assert {args[3] for args in swept[:-1]} == {"cls", "cls_mean", "cls4", "cls4_mean"}
+    assert done[-1] == swept[-1][2] == len(CLS_KINDS) * 120
+    assert {args[3] for args in swept[:-1]} == set(CLS_KINDS)
 
 
 RECIPE = _Recipe(rates=(1e-3, 0.05, 1.0), steps=12, batch_size=16, seed=5, classes=3)
@@ -219,6 +221,12 @@ def test_columns_of_the_widest_features():
     assert torch.equal(_columns("cls4", "cls4_mean", vit), wide[: 4 * DIM])
     assert torch.equal(_columns("cls4_mean", "cls4_mean", vit), wide)
     assert torch.equal(_columns("cls", "cls_mean", vit), wide[:DIM])
+    # Four CLS, the mean, four quarters.
+    assert torch.equal(_columns("cls4_quarters", "cls4_quarters", vit), torch.arange(9 * DIM))
+    assert torch.equal(
+        _columns("cls_quarters", "cls4_quarters", vit), torch.arange(3 * DIM, 9 * DIM)
+    )
+    assert torch.equal(_columns("cls4_mean", "cls4_quarters", vit), wide)
 
 
 def test_neighbours_against_scikit_learn():
@@ -261,5 +269,5 @@ def test_a_backbone_of_few_blocks_is_probed_on_its_last(config, tmp_path):
     header = {"backbone": msgspec.json.encode(shallow).decode()}
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, metadata=header)
     result = probe(msgspec.structs.replace(config, backbone=str(path)), 5)
-    assert result.linear.keys() == {"cls", "cls_mean"}
+    assert result.linear.keys() == {"cls", "cls_mean", "cls_quarters"}
     assert read_config(result.path).backbone.depth == 2

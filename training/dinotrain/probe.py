@@ -5,15 +5,18 @@ features; the best on the validation split becomes a checkpoint. Source: METHODS
 
 Two protocols, both without the original's augmentation, because features are computed once:
 
-    published     features as they are, 13 rates up to 0.1, 12,500 steps
-    standardised  features less their mean, over their deviation; rates ten times as high;
-                  100 passes over the training data, at least 1,000 and at most 12,500 steps
+    published  CLS of one block or of four, with the mean patch or without; 13 rates up to 0.1;
+               12,500 steps
+    broad      these and the mean of each quarter of the image; features less their mean, over their
+               deviation; 13 rates up to 1; 100 passes over the training data, at least 1,000 and at
+               most 12,500 steps
 
-The published rates are made for features of DINOv2 on ImageNet. On others, whose columns differ in
-scale, its best rate is the highest and has not converged. Standardised features are the same
-classifiers in other coordinates, in which one rate suits all columns; mean and deviation, those of
-the training split, are folded into weight and bias afterwards, so that the checkpoint is of the
-same form.
+The published rates suit DINOv2's features of ImageNet. On features whose columns differ in scale
+its best rate is the highest, and has not converged. Standardised ones make the same classifiers in
+other coordinates, where one rate suits all columns; mean and deviation, those of the training
+split, are folded into weight and bias afterwards, so that the checkpoint is of the same form. A
+mean over all patches does not tell where something is; quarters do (handwritten digits, five folds:
+95.8 % with the mean, 98 % with quarters).
 """
 
 import math
@@ -41,10 +44,10 @@ from dinotrain.sources import Batch, Dropped
 from dinotrain.tasks import get_task
 from dinotrain.train_config import TrainConfig
 
-Protocol = Literal["standardised", "published"]
+Protocol = Literal["broad", "published"]
 RATES: dict[Protocol, tuple[float, ...]] = {
     "published": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
-    "standardised": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0),
+    "broad": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0),
 }
 """For a batch of 256 samples; others in proportion."""
 ITERATIONS = 12500
@@ -81,7 +84,7 @@ def probe(
     config: TrainConfig,
     iterations: int | None = None,
     progress: Progress | None = None,
-    protocol: Protocol = "standardised",
+    protocol: Protocol = "broad",
 ) -> ProbeResult:
     """Sweep linear classifiers over learning rates and features, and write the best.
 
@@ -91,7 +94,7 @@ def probe(
         iterations: steps of SGD with momentum 0.9, the rate falling along a cosine to 0; None takes
             the protocol's own.
         progress: told of the stages "features" and "probe".
-        protocol: which rates, and whether features are standardised; see this module.
+        protocol: which features and rates, and for how long; see this module.
 
     Raises:
         UsageError: the task has no classes, or ``iterations`` is not above 0.
@@ -115,7 +118,7 @@ def probe(
     if not dataset.split("val").samples:
         raise DataError(f"{config.data}: no validation samples to choose by. Label more samples.")
     backbone = load_backbone(config.backbone, config.image_size)
-    kinds = _kinds(backbone.config)
+    kinds = _kinds(backbone.config, protocol)
     widest = kinds[-1]
     model = build_model(_with_features(config, widest), backbone, dataset.classes).to(device)
     objective = task.objective(config, model)
@@ -127,7 +130,7 @@ def probe(
     rates = RATES[protocol]
     steps = iterations or _choose_iterations(protocol, len(train.classes), config.batch_size)
     recipe = _Recipe(rates, steps, config.batch_size, config.seed, len(dataset.classes))
-    scale = _measure_scale(train) if protocol == "standardised" else None
+    scale = _measure_scale(train) if protocol == "broad" else None
     start = time.perf_counter()
     found: dict[str, dict[str, float]] = {}
     best: _Choice | None = None
@@ -227,20 +230,24 @@ def _with_features(config: TrainConfig, kind: str) -> TrainConfig:
     return msgspec.structs.replace(config, features=FeatureConfig(kind=kind))  # type: ignore[arg-type]
 
 
-def _kinds(backbone: BackboneConfig) -> list[str]:
-    """Features that are tried, the widest last."""
+def _kinds(backbone: BackboneConfig, protocol: Protocol) -> list[str]:
+    """Features that are tried; the last one holds all others."""
     if not isinstance(backbone, ViTConfig):
         return ["pooled"]
-    return [kind for kind, (layers, _) in CLS_KINDS.items() if layers <= backbone.depth]
+    return [
+        kind
+        for kind, parts in CLS_KINDS.items()
+        if parts.layers <= backbone.depth and not (parts.quarters and protocol == "published")
+    ]
 
 
 def _columns(kind: str, widest: str, backbone: BackboneConfig) -> Tensor:
-    """Where the features of a kind stand in the widest ones: CLS tokens, then the mean patch."""
+    """Where the features of a kind stand in the widest ones: CLS tokens, then means of patches."""
     if not isinstance(backbone, ViTConfig):
         return torch.arange(backbone.pooled_width)
-    layers, mean = CLS_KINDS[kind]
-    total, _ = CLS_KINDS[widest]
-    return torch.arange((total - layers) * backbone.embed_dim, (total + mean) * backbone.embed_dim)
+    first = CLS_KINDS[widest].layers - CLS_KINDS[kind].layers
+    last = first + CLS_KINDS[kind].count
+    return torch.arange(first * backbone.embed_dim, last * backbone.embed_dim)
 
 
 def _table(store: FeatureStore, dataset: Dataset, split: Split, device: torch.device) -> _Table:
@@ -313,8 +320,9 @@ def _sweep(
 
 
 def _logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(n, width) → (rates, n, classes)."""
-    return torch.matmul(features, weight.transpose(1, 2)) + bias.unsqueeze(1)
+    """(n, width) → (rates, n, classes); one product for all rates, as many would be slower."""
+    logits = F.linear(features, weight.flatten(0, 1), bias.flatten())
+    return logits.unflatten(1, bias.shape).transpose(0, 1)
 
 
 def _judge(table: _Table, weight: Tensor, bias: Tensor) -> tuple[list[float], list[float]]:

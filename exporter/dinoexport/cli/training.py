@@ -131,8 +131,8 @@ def train(
     features: Annotated[
         str,
         typer.Option(
-            help="cls, cls_mean, cls4 or cls4_mean of a ViT, pooled of a CNN; pyramid, sfp, tokens "
-            "or maps. What suits head and backbone if left out."
+            help="cls, cls_mean, cls_quarters, cls4, … of a ViT, pooled of a CNN; pyramid, sfp, "
+            "tokens or maps. What suits head and backbone if left out."
         ),
     ] = "",
     taps: Annotated[
@@ -240,8 +240,8 @@ def probe(
     backbone: Annotated[str, typer.Option(help="As `train` takes it.")] = "embedded",
     protocol: Annotated[
         str,
-        typer.Option(help="standardised features, or as published: raw, lower rates, more steps."),
-    ] = "standardised",
+        typer.Option(help="broad: standardised features, quarters too; or published."),
+    ] = "broad",
     iterations: Annotated[
         int | None,
         typer.Option(min=1, help="Steps of each classifier; the protocol's if left out."),
