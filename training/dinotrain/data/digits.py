@@ -1,10 +1,11 @@
 """scikit-learn's handwritten digits as a folder per class: real pictures without a download.
 
-1,797 scans of 8×8 cells, a part of UCI's "Optical Recognition of Handwritten Digits" (CC BY 4.0).
-They make a probe's figure comparable between machines; who wrote which digit is not known, so the
-splits may share writers.
+1,797 scans of 8×8 cells, the test set of UCI's "Optical Recognition of Handwritten Digits". They
+make a probe's figure comparable between machines. Who wrote which digit is not told, and each of 13
+people wrote many: the splits share writers, so a figure says nothing about new ones.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -13,13 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinotrain.data.dataset import assign_splits
 from dinotrain.data.synthetic.folder import claim, save_png
 
 SOURCE = "scikit-learn's handwritten digits"
 IMAGE_PX = 112
 INK = 16
 """Largest value of a cell."""
+TURNS = ("train",) * 7 + ("val",) + ("test",) * 2
+"""Splits of ten pictures of a class that follow each other. A test of 360 tells an accuracy of 97 %
+to ±0.9 points (one standard deviation), one of 180 to ±1.3."""
 
 
 def upscale(cells: NDArray, image_size: int = IMAGE_PX) -> NDArray[np.uint8]:
@@ -41,8 +44,7 @@ def write_digits(out: Path, progress: Callable[[int, int], None] | None = None) 
     """Write a folder per split and class, which ``read_class_folder`` reads; always the same bytes.
 
     Args:
-        out: a folder that is new, empty or holds this same dataset. Digits are split 80 : 10 : 10,
-            class by class.
+        out: a folder that is new, empty or holds this same dataset.
         progress: called with (pictures done, count) after each one.
 
     Returns:
@@ -57,11 +59,11 @@ def write_digits(out: Path, progress: Callable[[int, int], None] | None = None) 
     digits = cast(Any, load_digits())
     count = len(digits.target)
     claim(out, source=SOURCE, writer="dinotrain digits 1", count=count)
-    splits: dict[str, str] = {}
-    for digit in range(10):
-        splits |= assign_splits([str(index) for index in np.flatnonzero(digits.target == digit)], 0)
-    for index, (cells, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
-        save_png(upscale(cells), out / splits[str(index)] / str(digit) / f"{index:04d}.png")
+    seen = Counter[int]()
+    for index, (cells, digit) in enumerate(zip(digits.images, digits.target.tolist(), strict=True)):
+        split = TURNS[seen[digit] % len(TURNS)]
+        seen[digit] += 1
+        save_png(upscale(cells), out / split / str(digit) / f"{index:04d}.png")
         if progress is not None:
             progress(index + 1, count)
     return out
