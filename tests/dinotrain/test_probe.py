@@ -19,6 +19,7 @@ from dinotrain.errors import DataError, UsageError
 from dinotrain.heads.pool import CLS_KINDS
 from dinotrain.probe import (
     RATES,
+    SMALL_SWEEP,
     _choose_iterations,
     _columns,
     _fold,
@@ -34,15 +35,6 @@ from dinotrain.probe import (
 from dinotrain.train_config import TrainConfig
 
 DIM = 16
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products this small gain nothing from a second thread, and wait for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +130,21 @@ def test_progress_counts_all_steps(config):
     assert done == sorted(done)
     assert done[-1] == swept[-1][2] == len(CLS_KINDS) * 120
     assert {args[3] for args in swept[:-1]} == set(CLS_KINDS)
+
+
+def test_threads_are_given_back():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        seen = []
+        table = _Table(torch.randn(40, 6), torch.randint(0, 3, (40,)))
+        for classes in (3, SMALL_SWEEP // 16):
+            recipe = RECIPE._replace(classes=classes, steps=1)
+            _train_linear(table, None, recipe, lambda _: seen.append(torch.get_num_threads()))
+        assert seen == [1, 2], "a large sweep keeps all threads"
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 RECIPE = _Recipe(rates=(1e-3, 0.05, 1.0), steps=12, batch_size=16, seed=5, classes=3)
