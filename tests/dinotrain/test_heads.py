@@ -12,7 +12,7 @@ from dinotrain.backbones.vit import VisionTransformer, ViTConfig, init_weights_
 from dinotrain.errors import ShapeError, UsageError
 from dinotrain.heads.branch import BranchHead, BranchSpec, HeadConfig, HeadKind
 from dinotrain.heads.build import accepted_features, choose_features
-from dinotrain.heads.pool import ClsPool, FeatureConfig, build_pool
+from dinotrain.heads.pool import ClsParts, ClsPool, FeatureConfig, build_pool, mean_of_quarters
 
 TINY = ViTConfig(name="tiny", embed_dim=16, depth=4, heads=2, ffn_dim=32, grid=(3, 3))
 BRANCHES = [BranchSpec("mrd", 6, 2), BranchSpec("lf", 9, 1)]
@@ -82,7 +82,7 @@ def test_an_ensemble_of_one_is_refused():
 
 def test_cls_mean_is_cls_and_the_mean_patch(backbone):
     images = torch.randn(2, 3, 42, 42)
-    (found,) = ClsPool(TINY).extract(backbone, images)
+    (found,) = ClsPool(TINY, ClsParts(), (42, 42)).extract(backbone, images)
     tokens = backbone.norm(
         backbone.blocks[3](
             backbone.blocks[2](backbone.blocks[1](backbone.blocks[0](backbone.tokens(images))))
@@ -90,6 +90,31 @@ def test_cls_mean_is_cls_and_the_mean_patch(backbone):
     )
     torch.testing.assert_close(found[:, :16], tokens[:, 0])
     torch.testing.assert_close(found[:, 16:], tokens[:, 1:].sum(1) / 9)
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (5, 3), (1, 2)], ids=str)
+def test_quarters_against_adaptive_pooling(grid):
+    maps = torch.randn(2, 16, *grid)
+    found = torch.stack(mean_of_quarters(maps.flatten(2).mT, grid), dim=1)
+    torch.testing.assert_close(found, F.adaptive_avg_pool2d(maps, 2).flatten(2).mT)
+
+
+def test_quarters_stand_behind_cls_and_mean(backbone):
+    images = torch.randn(2, 3, 56, 28)
+    pools = {
+        k: build_pool(TINY, FeatureConfig(kind=k), (56, 28)) for k in ("cls4_mean", "cls4_quarters")
+    }
+    found = {kind: pool.extract(backbone, images)[0] for kind, pool in pools.items()}
+    assert {kind: pool.width for kind, pool in pools.items()} == {
+        "cls4_mean": 5 * 16,
+        "cls4_quarters": 9 * 16,
+    }
+    assert torch.equal(found["cls4_quarters"][:, : 5 * 16], found["cls4_mean"])
+    quarters = found["cls4_quarters"][:, 5 * 16 :].unflatten(1, (4, 16))
+    torch.testing.assert_close(quarters.mean(1), found["cls4_mean"][:, 4 * 16 :])
+    # The top left quarter of a 4×2 grid is its first column's two upper patches.
+    places = backbone.taps(images, [3])[0].unflatten(1, (4, 2))
+    torch.testing.assert_close(quarters[:, 0], places[:, :2, 0].mean(1))
 
 
 def test_the_pyramid_sums_top_down(backbone):

@@ -55,6 +55,25 @@ def synth(
     typer.echo(f"{manifest}: {count} rendered, seed {seed}")
 
 
+@data_app.command("digits")
+def digits(
+    out: Annotated[Path, typer.Option(help="Folder for the images, by split and class.")],
+    json: Json = False,
+) -> None:
+    """Write scikit-learn's handwritten digits as a folder per class: 1,797 real pictures."""
+    from dinoexport.console import Reporter, quiet
+    from dinotrain.data.digits import write_digits
+
+    check_folder(out)
+    with Reporter().tracker() as track, quiet(Path(os.devnull)):
+        folder = write_digits(out, lambda done, total: track("write", done, total))
+    count = len(list(folder.glob("*/*/*.png")))
+    if json:
+        print_json({"data": str(folder), "count": count})
+        return
+    typer.echo(f"{folder}: {count} handwritten digits")
+
+
 @data_app.command("check")
 def check(
     data: Annotated[
@@ -112,8 +131,8 @@ def train(
     features: Annotated[
         str,
         typer.Option(
-            help="cls, cls_mean, cls4 or cls4_mean of a ViT, pooled of a CNN; pyramid, sfp, tokens "
-            "or maps. What suits head and backbone if left out."
+            help="cls, cls_mean, cls_quarters, cls4, … of a ViT, pooled of a CNN; pyramid, sfp, "
+            "tokens or maps. What suits head and backbone if left out."
         ),
     ] = "",
     taps: Annotated[
@@ -228,7 +247,14 @@ def probe(
     data: Annotated[Path, typer.Option(help="A folder per class.")],
     out: Annotated[Path, typer.Option(help="The checkpoint to write (.safetensors).")],
     backbone: Annotated[str, typer.Option(help="As `train` takes it.")] = "embedded",
-    iterations: Annotated[int, typer.Option(min=1, help="Steps of each classifier.")] = 12500,
+    protocol: Annotated[
+        str,
+        typer.Option(help="broad: standardised features, quarters too; or published."),
+    ] = "broad",
+    iterations: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of each classifier; the protocol's if left out."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 128,
     image_size: ImageSize = None,
     seed: Seed = 0,
@@ -239,10 +265,12 @@ def probe(
     """Sweep linear classifiers over learning rates and features; k-NN beside them."""
     from dinoexport.console import Reporter, quiet_beside
     from dinotrain.checkpoint import read_config
+    from dinotrain.probe import Protocol
     from dinotrain.probe import probe as run_probe
     from dinotrain.train_config import TrainConfig
 
     check_file(out, ".safetensors")
+    chosen = one_of("protocol", protocol, get_args(Protocol))
     config = TrainConfig(
         task="classify",
         data=data,
@@ -255,7 +283,7 @@ def probe(
         cache=cache,
     )
     with Reporter().tracker() as track, quiet_beside(out):
-        result = run_probe(config, iterations, track)
+        result = run_probe(config, iterations, track, chosen)
     trained = read_config(result.path)
     if json:
         print_json(
@@ -265,12 +293,17 @@ def probe(
                 "rate": result.rate,
                 "val_accuracy": result.linear,
                 "knn_val_accuracy": result.knn,
+                "iterations": result.iterations,
+                "sweep_s": round(result.sweep_s, 1),
                 "metrics": trained.metrics,
                 "notice": trained.notice,
             }
         )
         return
-    typer.echo(f"{result.path}: {result.features}, learning rate {result.rate:g}")
+    typer.echo(
+        f"{result.path}: {result.features}, learning rate {result.rate:g}; "
+        f"{result.iterations} iterations, {result.sweep_s:.0f} s"
+    )
     _print_metrics("validation accuracy by rate", result.linear)
     if result.knn:
         _print_metrics("validation accuracy by k", {"k-NN": result.knn})

@@ -289,3 +289,19 @@ def test_evaluate_refuses(refused, eyes, tiny_checkpoint, tmp_path) -> None:
         "evaluate", tiny_checkpoint, "--data", eyes, "--split", "tets"
     )
     assert "no such manifest" in refused("evaluate", tiny_checkpoint, "--data", tmp_path / "none")
+
+
+def test_digits_are_written(run, refused, tmp_path) -> None:
+    out = tmp_path / "digits"
+    assert run("data", "digits", "--out", out, "--json").json == {"data": str(out), "count": 1797}
+    assert len(list(out.glob("test/*/*.png"))) == 353
+    (tmp_path / "file").touch()
+    assert "is a file" in refused("data", "digits", "--out", tmp_path / "file")
+
+
+def test_a_protocol_is_one_of_two(refused, tmp_path) -> None:
+    given = ("--data", tmp_path, "--out", tmp_path / "p.safetensors", "--protocol", "wide")
+    error = refused("probe", *given)
+    assert "wide" in error
+    assert "broad" in error
+    assert "published" in error

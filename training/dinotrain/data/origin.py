@@ -1,4 +1,4 @@
-"""Where a folder's data come from: generators of synthetic data leave a stamp beside them."""
+"""Where a folder's data come from: those who write one leave a stamp beside the data."""
 
 from pathlib import Path
 from typing import Any
@@ -20,5 +20,5 @@ def read_origin(folder: Path) -> tuple[str, bool]:
         return "", False
     generator = facts.get("generator")
     if not generator:
-        return "", False
+        return str(facts.get("source") or ""), False
     return f"synthetic ({generator}, seed {facts.get('seed')})", True

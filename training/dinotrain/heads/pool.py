@@ -5,7 +5,7 @@ on either family of backbones. Source: METHODS A5, B6, C, G.
 """
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 import torch
@@ -20,18 +20,47 @@ from dinotrain.heads.pyramid import LateralPyramid
 from dinotrain.heads.simple_pyramid import CNN_SCALES, VIT_SCALES, MapNorm, SimplePyramid
 
 FeatureKind = Literal[
-    "cls", "cls_mean", "cls4", "cls4_mean", "pooled", "pyramid", "sfp", "tokens", "maps"
+    "cls",
+    "cls_mean",
+    "cls_quarters",
+    "cls4",
+    "cls4_mean",
+    "cls4_quarters",
+    "pooled",
+    "pyramid",
+    "sfp",
+    "tokens",
+    "maps",
 ]
 Features = tuple[Tensor, ...]
 """What one image, or a batch of them, gives; the batch is each tensor's first axis."""
 
-CLS_KINDS: dict[str, tuple[int, bool]] = {
-    "cls": (1, False),
-    "cls_mean": (1, True),
-    "cls4": (4, False),
-    "cls4_mean": (4, True),
+
+class ClsParts(NamedTuple):
+    """What stands in a vector, in this order, each part as wide as the backbone."""
+
+    layers: int = 1
+    """CLS tokens of the last blocks."""
+    mean: bool = True
+    """The mean patch of the last block."""
+    quarters: bool = False
+    """Its mean patch in each quarter of the image: top left, top right, bottom left, bottom right.
+    """
+
+    @property
+    def count(self) -> int:
+        """Number of parts."""
+        return self.layers + self.mean + 4 * self.quarters
+
+
+CLS_KINDS: dict[str, ClsParts] = {
+    "cls": ClsParts(1, mean=False),
+    "cls_mean": ClsParts(1),
+    "cls_quarters": ClsParts(1, quarters=True),
+    "cls4": ClsParts(4, mean=False),
+    "cls4_mean": ClsParts(4),
+    "cls4_quarters": ClsParts(4, quarters=True),
 }
-"""Kind → (CLS tokens, with the mean patch)."""
 TAPS_READ = {"pyramid": 4, "sfp": 1, "tokens": 1, "maps": 3}
 """Kind → how many taps it reads; the others read the final output."""
 
@@ -39,10 +68,10 @@ TAPS_READ = {"pyramid": 4, "sfp": 1, "tokens": 1, "maps": 3}
 class FeatureConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Which features are read.
 
-    A vector: CLS of the last block or of four, with the mean patch or without (ViT); the pooled map
-    (CNN); a lateral ``pyramid`` over four ``taps``; a simple one, ``sfp``, over the last map. Its
-    tokens, for the query decoder. Or three ``maps``, for the segmentation decoder. Taps are blocks
-    of a ViT (from 0), strides of a CNN.
+    A vector: CLS of the last block or of four, bare, with the mean patch, or with that and the mean
+    of each quarter of the image (ViT); the pooled map (CNN); a lateral ``pyramid`` over four
+    ``taps``; a simple one, ``sfp``, over the last map. Its tokens, for the query decoder. Or three
+    ``maps``, for the segmentation decoder. Taps are blocks of a ViT (from 0), strides of a CNN.
     """
 
     kind: FeatureKind = "cls_mean"
@@ -65,26 +94,28 @@ class Pool(nn.Module, ABC):
 
 
 class ClsPool(Pool):
-    """CLS of the last blocks ‖ mean patch of the last, after the final norm; nothing is trained.
+    """CLS of the last blocks ‖ mean patches of the last, after the final norm; nothing is trained.
 
     Args:
         backbone: gives width and depth.
-        layers: how many CLS tokens, from the last block backwards; they stand in running order.
-        mean: append the mean patch.
+        parts: what is read; CLS tokens stand in running order.
+        image_size: (height, width) in pixels.
 
-    Source: METHODS B6 (one layer with mean), D (the released heads: 1 or 4 layers).
+    Source: METHODS B6 (one layer with mean), D (the released heads: 1 or 4 layers). The quarters
+    are this project's: they tell where in the image something is, which a mean does not.
     """
 
-    def __init__(self, backbone: ViTConfig, layers: int = 1, mean: bool = True) -> None:
+    def __init__(self, backbone: ViTConfig, parts: ClsParts, image_size: tuple[int, int]) -> None:
         super().__init__()
-        if layers > backbone.depth:
+        if parts.layers > backbone.depth:
             raise UsageError(
-                f"features of {layers} layers are asked of {backbone.name}, which has "
+                f"features of {parts.layers} layers are asked of {backbone.name}, which has "
                 f"{backbone.depth} blocks. Use cls or cls_mean."
             )
-        self.first = backbone.depth - layers
-        self.mean = mean
-        self.width = (layers + mean) * backbone.embed_dim
+        self.first = backbone.depth - parts.layers
+        self.parts = parts
+        self.grid = backbone.tap_grid(backbone.last_tap, image_size)
+        self.width = parts.count * backbone.embed_dim
 
     def extract(self, backbone: VisionTransformer, images: Tensor) -> Features:  # type: ignore[override]
         """(B, 3, H, W) → (B, width)."""
@@ -94,13 +125,32 @@ class ClsPool(Pool):
             if index >= self.first
         ]
         parts = [output.cls_token for output in outputs]
-        if self.mean:
-            parts.append(outputs[-1].patch_tokens.mean(dim=1))
+        patches = outputs[-1].patch_tokens
+        if self.parts.mean:
+            parts.append(patches.mean(dim=1))
+        if self.parts.quarters:
+            parts += mean_of_quarters(patches, self.grid)
         return (torch.cat(parts, dim=-1),)
 
     def forward(self, features: Features) -> Tensor:
         """(B, width) → the same."""
         return features[0]
+
+
+def mean_of_quarters(patches: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+    """Average patch tokens over each quarter of the image, row by row.
+
+    Args:
+        patches: (B, rows·cols, D).
+        grid: (rows, cols); a middle row or column belongs to both halves.
+
+    Returns:
+        Four of (B, D).
+    """
+    rows, cols = grid
+    places = patches.unflatten(1, grid)
+    halves = [(slice(0, (n + 1) // 2), slice(n // 2, n)) for n in (rows, cols)]
+    return [places[:, y, x].mean(dim=(1, 2)) for y in halves[0] for x in halves[1]]
 
 
 class PooledPool(Pool):
@@ -231,7 +281,7 @@ def build_pool(
             raise UsageError(
                 f"{backbone.name} has no CLS token, so no {config.kind} features. Use pooled."
             )
-        return ClsPool(backbone, *CLS_KINDS[config.kind])
+        return ClsPool(backbone, CLS_KINDS[config.kind], image_size)
     if config.kind == "pooled":
         if vit:
             raise UsageError(f"{backbone.name} has no pooled map. Use cls_mean.")
