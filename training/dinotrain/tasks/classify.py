@@ -3,12 +3,12 @@
 Source: METHODS D.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
 from dinotrain.errors import DataError
-from dinotrain.tasks.base import OutputSpec, Task, TaskInput
+from dinotrain.tasks.base import Case, OutputSpec, Task, TaskInput
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dinotrain.model import ModelConfig, TaskModel
     from dinotrain.objectives.base import Predictions
     from dinotrain.objectives.classes import ClassObjective
+    from dinotrain.report.page import Section
     from dinotrain.tasks.base import Loaded
     from dinotrain.train_config import TrainConfig
 
@@ -144,6 +145,7 @@ class ClassifyTask(Task):
         true: "np.ndarray",
         reference: "np.ndarray",
         classes: tuple[str, ...] = (),
+        subjects: Sequence[Hashable] = (),
     ) -> Any:
         """Accuracy and its kin, with the row of the majority class."""
         import numpy as np
@@ -157,6 +159,19 @@ class ClassifyTask(Task):
                 predicted["probabilities"], true[:, 0], majority, classes
             )
         }
+
+    def section(self, case: Case) -> "Section":
+        """Accuracies, confusions, the surest mistakes."""
+        from dinotrain.report.class_section import class_section
+
+        return class_section(
+            case.predicted["probabilities"],
+            case.true[:, 0],
+            case.config.classes,
+            case.names,
+            case.load,
+            case.metrics["probabilities"],
+        )
 
     def draw(
         self,

@@ -3,12 +3,12 @@
 Source: METHODS C.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from dinotrain.errors import UsageError
-from dinotrain.tasks.base import OutputSpec, Task, TaskInput
+from dinotrain.tasks.base import Case, OutputSpec, Task, TaskInput
 from dinotrain.tasks.segment_presets import PRESETS
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dinotrain.model import ModelConfig, TaskModel
     from dinotrain.objectives.base import Predictions
     from dinotrain.objectives.masks import SegmentObjective
+    from dinotrain.report.page import Section
     from dinotrain.tasks.base import Loaded
     from dinotrain.train_config import TrainConfig
 
@@ -176,6 +177,7 @@ class SegmentTask(Task):
         true: "np.ndarray",
         reference: "np.ndarray",
         classes: tuple[str, ...] = (),
+        subjects: Sequence[Hashable] = (),
     ) -> Any:
         """Overlap, instances and outlines, with the row of the commonest training class."""
         from dinotrain.metrics.segmentation import SegmentationMeter
@@ -185,6 +187,19 @@ class SegmentTask(Task):
         for guess, mask in zip(predicted[OUTPUT], true, strict=True):
             meter.add(guess, mask)
         return {OUTPUT: meter.result(majority_class(reference))}
+
+    def section(self, case: Case) -> "Section":
+        """Overlap, found defects, outlines, worst pictures."""
+        from dinotrain.report.mask_section import mask_section
+
+        return mask_section(
+            case.predicted[OUTPUT],
+            case.true,
+            case.config.classes,
+            case.names,
+            case.load,
+            case.metrics[OUTPUT],
+        )
 
     def draw(
         self,

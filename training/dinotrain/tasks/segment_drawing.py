@@ -86,8 +86,7 @@ def overlay(image: NDArray[np.uint8], ids: NDArray[np.integer]) -> NDArray[np.ui
         if number in (0, 255):
             continue
         inside = ids == number
-        inner = np.asarray(ndimage.binary_erosion(inside, border_value=1), dtype=np.bool_)
-        rim = inside & ~inner
+        rim = inside & np.logical_not(ndimage.binary_erosion(inside, border_value=1))
         colour = np.array(class_colour(number), np.float32)
         result[inside] += COVER * (colour - result[inside])
         result[rim] = colour
