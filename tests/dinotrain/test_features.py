@@ -132,6 +132,19 @@ def test_copies_are_of_training_pictures_alone_and_take_turns(model, dataset, tm
     assert torch.equal(model.extract(image)[0][0], epochs[1][0])
 
 
+def test_half_precision_on_disk_is_what_every_run_reads(model, dataset, tmp_path):
+    stores = [FeatureStore(model, tmp_path, precision="float16") for _ in range(2)]
+    for store in stores:
+        store.prepare(dataset)
+    assert [store.computed for store in stores] == [count(dataset), 0]
+    one, two = (store.get(*first(dataset))[0] for store in stores)
+    exact = FeatureStore(model, tmp_path).get(*first(dataset))[0]
+    assert one.dtype == torch.float32
+    assert torch.equal(one, two)
+    assert torch.equal(one, exact.half().float())
+    assert not torch.equal(one, exact)
+
+
 def test_shards_are_disjoint_and_whole(model, dataset, tmp_path):
     parts = [FeatureStore(model, tmp_path) for _ in range(3)]
     for rank, store in enumerate(parts):

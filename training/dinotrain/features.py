@@ -1,14 +1,13 @@
 """Frozen features of a data set, computed once per picture and kept on disk.
 
-One file per picture and draw of its augmentation, keyed by everything that its numbers depend on,
-so that an entry can be shared between runs and never be wrong for one. A missing, partial or
-corrupt entry is computed again. Source: METHODS B7.
+One entry per picture and draw of its augmentation, keyed by everything that its numbers depend on,
+so that it can be shared between runs and never be wrong for one; ``feature_cache`` keeps them. What
+is missing or damaged there is computed again. Source: METHODS B7.
 """
 
 import hashlib
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,13 +16,12 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinotrain.data.augment import sample_stream
 from dinotrain.data.dataset import Dataset, Sample, load_image
-from dinotrain.errors import DataError, UsageError, WeightsError
+from dinotrain.errors import DataError, WeightsError
+from dinotrain.feature_cache import DTYPES, FeatureCache, Precision
 from dinotrain.heads.pool import Features
 from dinotrain.model import TaskModel
 from dinotrain.sources import Batch, Dropped
@@ -76,14 +74,22 @@ class FeatureStore:
         cache: folder of the entries, made when first written to.
         copies: of each training picture, each with an augmentation of its own; 0 is none.
         seed: of the augmentation.
+        precision: of the numbers on disk.
 
     On a CPU pictures go through one by one: then an entry depends on its picture alone, to the last
     bit, whatever else was in the set.
     """
 
-    def __init__(self, model: TaskModel, cache: Path, copies: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: TaskModel,
+        cache: Path,
+        copies: int = 0,
+        seed: int = 0,
+        precision: Precision = "float32",
+    ) -> None:
         self.model = model
-        self.cache = cache
+        self.cache = FeatureCache(cache, precision)
         self.copies = copies
         self.seed = seed
         self.backbone_digest = weights_digest(model.backbone, model.config.backbone)
@@ -121,8 +127,7 @@ class FeatureStore:
 
     def entry(self, sample: Sample, name: str, copy: int = 0) -> Path:
         """Return the file of a picture's features."""
-        key = self.key(sample, name, copy)
-        return self.cache / key[:2] / f"{key}.safetensors"
+        return self.cache.entry(self.key(sample, name, copy))
 
     def prepare(
         self, dataset: Dataset, progress: Progress = silent, shard: tuple[int, int] = (0, 1)
@@ -147,7 +152,7 @@ class FeatureStore:
         ][shard[0] :: shard[1]]
         missing: list[_Wanted] = []
         for item in wanted:
-            found = self._read(self.key(*item))
+            found = self.cache.get(self.key(*item))
             if found is None:
                 missing.append(item)
             else:
@@ -169,7 +174,7 @@ class FeatureStore:
         held = self._memory.get(key)
         if held is not None:
             return held
-        found = self._read(key)
+        found = self.cache.get(key)
         if found is None:
             problems: list[str] = []
             computed = self._compute([_Wanted(sample, name, copy)], problems)
@@ -252,7 +257,11 @@ class FeatureStore:
                     f"{item.sample.images[item.name].path}. Fetch its weights again."
                 )
             key = self.key(*item)
-            self._write(key, found)
+            self.cache.put(key, found)
+            if self.cache.dtype != "float32":
+                # As a later run will read it, so that both train on the same numbers.
+                dtype = DTYPES[self.cache.dtype]
+                found = tuple(value.to(dtype).float() for value in found)
             self._hold(key, found)
             result.append(found)
         return result
@@ -263,43 +272,6 @@ class FeatureStore:
             self._held_bytes += size
             self._memory[key] = value
 
-    def _path(self, key: str) -> Path:
-        return self.cache / key[:2] / f"{key}.safetensors"
-
-    def _read(self, key: str) -> Features | None:
-        """Return an entry, or None when it is missing or is not what was written."""
-        path = self._path(key)
-        if not path.is_file():
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = sorted(file.keys(), key=int)
-                value = tuple(file.get_tensor(name) for name in names)
-                stated = (file.metadata() or {}).get("sha256")
-        except (SafetensorError, OSError, ValueError):
-            return None
-        return value if stated == _digest(value) else None
-
-    def _write(self, key: str, value: Features) -> None:
-        path = self._path(key)
-        metadata = {"sha256": _digest(value)}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
-            os.close(handle)
-            partial = Path(name)
-            try:
-                tensors = {str(i): part.contiguous() for i, part in enumerate(value)}
-                save_file(tensors, partial, metadata=metadata)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
-        except (OSError, SafetensorError) as error:
-            raise UsageError(
-                f"{self.cache}: features cannot be cached there ({error}). Free some space, or "
-                "name another folder with --cache."
-            ) from error
-
 
 class _Wanted(NamedTuple):
     """One entry: which picture of which sample, and which draw of its augmentation."""
@@ -307,14 +279,6 @@ class _Wanted(NamedTuple):
     sample: Sample
     name: str
     copy: int
-
-
-def _digest(value: Features) -> str:
-    total = hashlib.sha256()
-    for part in value:
-        total.update(f"{part.dtype}|{tuple(part.shape)}".encode())
-        total.update(_bytes(part))
-    return total.hexdigest()
 
 
 def _bytes(value: Tensor) -> bytes:

@@ -134,7 +134,8 @@ def open_source(
     if config.mode == "finetune":
         return Pictures(model.task, config.image_size, config.seed, config.augment)
     copies = config.augment_copies if config.augment else 0
-    store = FeatureStore(model, config.cache or default_cache(), copies, config.seed)
+    cache = config.cache or default_cache()
+    store = FeatureStore(model, cache, copies, config.seed, config.cache_precision)
     # Each process computes its part, and reads the others' from the cache behind the barrier.
     shard = (fabric.global_rank, fabric.world_size)
     store.prepare(dataset, report, shard)

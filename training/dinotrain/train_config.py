@@ -7,6 +7,7 @@ import msgspec
 
 from dinotrain.encoding import Encoding
 from dinotrain.errors import UsageError
+from dinotrain.feature_cache import Precision
 from dinotrain.heads.branch import HeadConfig
 from dinotrain.heads.pool import FeatureConfig
 from dinotrain.losses.regression import FOCAL_BETA
@@ -136,6 +137,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     cache: Path | None = None
     """Folder of cached features; the platform's cache folder where None."""
+    cache_precision: Precision = "float32"
+    """How cached features are stored; float16 takes half of the disk and rounds what is read."""
     backbone_note: str = ""
     """What the backbone was trained on, where its file does not say so."""
     resume: bool = False
