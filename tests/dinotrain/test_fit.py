@@ -446,7 +446,7 @@ def test_choices_that_cannot_train(config, fields, message):
         ({"loss": "mse"}, "does not fit encoding 'gray'"),
         ({"loss": "bce", "encoding": Encoding(kind="scalar")}, "does not fit encoding 'scalar'"),
         ({"loss": "cross_entropy"}, "accepted: bce, focal"),
-        ({"orthogonality": "so", "head": HeadConfig(kind="linear")}, "head 'linear' has none"),
+        ({"orthogonality": "so", "head": HeadConfig(kind="linear")}, "this head has none"),
     ],
     ids=str,
 )
