@@ -17,6 +17,7 @@ from dinotrain.heads.branch import BranchHead, BranchSpec, HeadConfig
 from dinotrain.intervals import Intervals
 from dinotrain.objectives.measure import MeasureObjective, choose_loss
 from dinotrain.tasks import get_task
+from dinotrain.tasks.eyelid import join_gazes
 from dinotrain.train_config import TrainConfig
 
 TASK = get_task("eyelid")
@@ -84,7 +85,7 @@ def predict(request, tmp_path_factory) -> Predict:
     optimizer = torch.optim.Adam(head.parameters(), lr=5e-3)
     for _ in range(int(steps)):
         optimizer.zero_grad()
-        objective.loss(head(TASK.combine(known.features)), labels).backward()
+        objective.loss(head(join_gazes(known.features)), labels).backward()
         optimizer.step()
     state = decoder.state_dict()
 
@@ -92,7 +93,7 @@ def predict(request, tmp_path_factory) -> Predict:
     def run(who: People, intervals: Intervals | None) -> dict[str, np.ndarray]:
         made = MeasureDecoder(config.encoding, TASK.targets, intervals)
         made.load_state_dict(state)
-        outputs = made(head.eval()(TASK.combine(who.features)))
+        outputs = made(head.eval()(join_gazes(who.features)))
         return {name: value.double().numpy() for name, value in outputs.items()}
 
     return run

@@ -123,6 +123,22 @@ def test_it_learns_what_the_features_hold(config):
         assert metrics[name]["mae_mm"] < 0.9 * metrics[name]["mean_predictor"]["mae_mm"]
 
 
+@pytest.mark.parametrize("mode", ["frozen", "finetune"])
+def test_the_overlap_of_gradients_is_reported_and_changes_nothing(config, mode, tmp_path):
+    config = change(config, mode=mode, epochs=2)
+    told = []
+    with_it = train(change(config, orthogonality="grad"), lambda *args: told.append(args[3:]))
+    without = train(change(config, orthogonality="none", out=tmp_path / "none.safetensors"))
+    story = read_config(with_it).training
+    assert len(story["log"]["gradient_overlap"]) == 2
+    assert all(0 < value < 1 for value in story["log"]["gradient_overlap"])
+    assert "gradient overlap 0." in told[-1][0]
+    assert "gradient_overlap" not in read_config(without).training["log"]
+    assert story["log"]["loss"] == read_config(without).training["log"]["loss"]
+    states = [load_checkpoint(path)[0].state_dict() for path in (with_it, without)]
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
 @pytest.mark.parametrize(
     ("kind", "loss"),
     [
@@ -446,7 +462,7 @@ def test_choices_that_cannot_train(config, fields, message):
         ({"loss": "mse"}, "does not fit encoding 'gray'"),
         ({"loss": "bce", "encoding": Encoding(kind="scalar")}, "does not fit encoding 'scalar'"),
         ({"loss": "cross_entropy"}, "accepted: bce, focal"),
-        ({"orthogonality": "so", "head": HeadConfig(kind="linear")}, "head 'linear' has none"),
+        ({"orthogonality": "so", "head": HeadConfig(kind="linear")}, "this head has none"),
     ],
     ids=str,
 )

@@ -5,7 +5,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import nn
 
@@ -101,10 +100,7 @@ def add_intervals_(config: TrainConfig, model: TaskModel, dataset: Dataset, sour
     subjects = [sample.subject_id for sample in part.samples]
     intervals, reason = model.task.calibrate(predicted, true, subjects, config.coverage)
     if intervals is not None:
-        model.config = msgspec.structs.replace(model.config, intervals=intervals)
-        decoder = model.task.build_decoder(model.config).to(model.pixel_mean.device)
-        decoder.load_state_dict(model.decoder.state_dict())
-        model.decoder = decoder
+        model.set_intervals_(intervals)
     return reason
 
 

@@ -72,6 +72,10 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
             "epoch": [entry.epoch for entry in journal.log],
             "loss": [_short(entry.loss) for entry in journal.log],
             "val_error": [_short(entry.val_error) for entry in journal.log],
+            **{
+                name: [_short(entry.figures[name]) for entry in journal.log]
+                for name in (journal.log[0].figures if journal.log else ())
+            },
         },
     }
     if fabric.is_global_zero:

@@ -157,7 +157,7 @@ class Run:
             if log is not None:
                 entry, rates = journal.log[-1], [g["lr"] for g in self.optimizer.param_groups]
                 named = {"loss": entry.loss, f"val/{self.objective.error_name}": entry.val_error}
-                log.scalars(epoch, {**named, "learning rate": rates[0]})
+                log.scalars(epoch, {**named, **entry.figures, "learning rate": rates[0]})
             report("training", epoch, self.config.epochs, _line(journal, self.objective.error_name))
 
     def _open_log(self, first_epoch: int) -> EventLog | None:
@@ -262,9 +262,29 @@ class Run:
         if error is None or best is None or error < best - self.config.min_delta:
             state.best, journal.best_epoch, journal.best_error = state.weights, epoch, error
         journal.epoch = epoch
-        journal.log = [*journal.log, EpochLog(epoch=epoch, loss=loss, val_error=error)]
+        entry = EpochLog(epoch=epoch, loss=loss, val_error=error, figures=self._diagnose())
+        journal.log = [*journal.log, entry]
         if epoch - journal.best_epoch >= self.config.patience and epoch < self.config.epochs:
             journal.stopped = f"no better validation error since epoch {journal.best_epoch}"
+
+    def _diagnose(self) -> dict[str, float]:
+        """Return the objective's figures on the first training samples, the same ones each epoch.
+
+        Gradients are taken at what the backbone gives, and reach no weight. Every process computes
+        the same; shards of weights cannot be read one by one, so that FSDP goes without.
+        """
+        if not self.objective.diagnoses or self.config.strategy == "fsdp":
+            return {}
+        self.model.eval()
+        batch = self.source.batch(self.samples[:EVALUATION_BATCH]).to(self.fabric.device)
+        features: dict[str, Features] = {}
+        for name, value in batch.inputs.items():
+            with torch.no_grad():
+                taken = self.model.extract(value[0]) if self.live else value
+            features[name] = tuple(part.detach().requires_grad_() for part in taken)
+        logits = self.model.logits(features, batch.present)
+        parts = [part for value in features.values() for part in value]
+        return self.objective.diagnose(logits.float(), batch.truth, parts)
 
     @torch.no_grad()
     def _validate(self) -> float | None:
@@ -359,4 +379,5 @@ def _line(journal: Journal, name: str) -> str:
     words = [f"loss {entry.loss:.4f}"]
     if entry.val_error is not None and not math.isnan(entry.val_error):
         words.append(f"val {name} {entry.val_error:.3f} (best {journal.best_error:.3f})")
+    words += [f"{name.replace('_', ' ')} {value:.3f}" for name, value in entry.figures.items()]
     return ", ".join([*words, journal.stopped] if journal.stopped else words)

@@ -25,6 +25,8 @@ class EpochLog(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     loss: float
     val_error: float | None
+    figures: dict[str, float] = {}
+    """What ``Objective.diagnose`` tells."""
 
 
 class Journal(msgspec.Struct, kw_only=True):

@@ -18,6 +18,8 @@ class Objective(ABC):
 
     error_name: str
     """What ``validation_error`` is, as progress shows it."""
+    diagnoses: bool = False
+    """Whether ``diagnose`` has something to say."""
 
     @abstractmethod
     def check(self, labels: Values) -> None:

@@ -77,6 +77,7 @@ class MeasureObjective(Objective):
         self.head = head
         self.decoder = decoder
         self.targets = decoder.targets
+        self.diagnoses = config.orthogonality == "grad"
         weights = bit_weights(config.encoding.width, config.bit_rho)
         self.bit_weights = weights.to(decoder.low.device)
         if config.orthogonality == "so" and not head.hidden_weights():
@@ -122,7 +123,7 @@ class MeasureObjective(Objective):
         Returns:
             {"gradient_overlap": 0 to 1}, or nothing for the other kinds.
         """
-        if self.config.orthogonality != "grad":
+        if not self.diagnoses:
             return {}
         columns = [slice(index, index + 1) for index in range(len(self.targets))]
         losses = [self._code_loss(logits, labels, column) for column in columns]

@@ -114,8 +114,7 @@ def coverage_plot(
     """Draw how often stated intervals hold against how often they should.
 
     Args:
-        curves: {name: {nominal coverage: empirical coverage}}, as
-            ``metrics.uncertainty.evaluate_uncertainty`` gives it; None where there is none.
+        curves: {name: {nominal coverage: empirical coverage}}, None where there is none.
         caption: what the intervals are, where there is more to say.
     """
 

@@ -162,7 +162,10 @@ def _uncertainty(
         caption="Stated standard deviations; calibration error is mean |stated − empirical "
         "coverage|.",
     )
-    curves = {name: found[name]["coverage"] for name in (t.output_name for t in stated)}
+    curves = {}
+    for target in stated:
+        curve = found[target.output_name]["coverage_curve"]
+        curves[target.output_name] = dict(zip(curve["nominal"], curve["empirical"], strict=True))
     return table, coverage_plot(curves)
 
 
