@@ -39,18 +39,18 @@ class DeployModel(nn.Module):
     @property
     def tap_names(self) -> list[str]:
         """Taps in the order in which they are computed."""
-        return [*self.backbone.tap_names, HEAD_TAP[self.pool.gives_maps]]
+        return [*self.backbone.tap_names, HEAD_TAP[self.pool.gives_vector]]
 
     def run(self, pixels: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Outputs and taps by name; one (1, 3, H, W) tensor of 0..255 per input."""
         record = self.backbone.record
         record.clear()
         pooled = self.pool(self.pool.extract(self.backbone, torch.cat(pixels, dim=0)))  # type: ignore[arg-type]
-        if not self.pool.gives_maps:
-            record[HEAD_TAP[False]] = pooled
+        if self.pool.gives_vector:
+            record[HEAD_TAP[True]] = pooled
         logits = self.head({n: _row(pooled, i) for i, n in enumerate(self.input_names)})
-        if self.pool.gives_maps:
-            record[HEAD_TAP[True]] = logits
+        if not self.pool.gives_vector:
+            record[HEAD_TAP[False]] = logits
         taps = {name: record[name] for name in self.tap_names}
         record.clear()
         return self.decoder(logits), taps
@@ -62,8 +62,9 @@ class DeployModel(nn.Module):
         return values + tuple(taps.values()) if self.debug else values
 
 
-HEAD_TAP = {False: "features", True: "logits"}
-"""The last tap: pooled features, or what the head gives where it reads several maps."""
+HEAD_TAP = {True: "features", False: "logits"}
+"""The last tap: the pooled vector, or what the head gives where it reads tokens or maps: these are
+views of the backbone's own taps, which converters move."""
 
 
 def _row(pooled: Tensor | list[Tensor], index: int) -> Tensor | list[Tensor]:
