@@ -1,12 +1,10 @@
 """Training and evaluation of a model: data and backbone in, checkpoint out.
 
-``loop`` runs the epochs; here a run is set up from its recipe, and its best weights are judged and
-written with their story. Source: METHODS B7, C, D.
+Here a run is set up from its recipe; ``loop`` runs its epochs, ``finish`` judges and writes the
+best weights. Source: METHODS B7, C, D.
 """
 
 import math
-import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,24 +17,21 @@ from lightning_fabric.strategies.fsdp import FSDPStrategy
 from lightning_fabric.strategies.strategy import Strategy
 
 from dinotrain.backbones import load_backbone
-from dinotrain.backbones.loading import NAMES, Backbone
-from dinotrain.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint
+from dinotrain.backbones.loading import Backbone
+from dinotrain.checkpoint import CheckpointConfig, load_checkpoint
 from dinotrain.data.dataset import Dataset
-from dinotrain.errors import CheckpointError, DataError, UsageError, unknown_name
+from dinotrain.errors import DataError, UsageError, unknown_name
 from dinotrain.features import FeatureStore, Progress, default_cache, silent, weights_digest
+from dinotrain.finish import round_to_half_, write_model
 from dinotrain.heads.branch import HeadConfig
 from dinotrain.heads.build import choose_features
 from dinotrain.heads.pool import TAPS_READ, FeatureConfig, own_taps
 from dinotrain.loop import Run, predict, prepare_backbone_, seed_for
 from dinotrain.model import ModelConfig, TaskModel
-from dinotrain.objectives.base import Objective
 from dinotrain.sources import Pictures, Source
 from dinotrain.tasks import get_task
 from dinotrain.train_config import TrainConfig
 from dinotrain.training_state import state_path
-
-SYNTHETIC_NOTICE = "Trained on synthetic images only: its figures say nothing about people."
-SYNTHETIC_BACKBONE_NOTICE = "Its backbone was trained on synthetic images only."
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> Path:
@@ -60,7 +55,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     config = decide(config, backbone)
     model = build_model(config, backbone, dataset.classes).to(fabric.device)
     objective = task.objective(config, model)
-    objective.check(dataset.split("train").labels(task.labels))
+    objective.check(dataset.split("train").labels(task.label_names(dataset.classes)))
     digest = weights_digest(model.backbone, model.config.backbone)
     source = open_source(config, model, dataset, fabric, report)
     identity = {"data": dataset.fingerprint, "backbone": digest}
@@ -179,15 +174,16 @@ def evaluate(
     model.to(pick_device(device))
     seed = config.training.get("seed", 0)
     dataset = model.task.read(data, image_size=config.image_size, seed=seed)
-    names = ("train", "val", "test") if split == "all" else (split,)
-    chosen = dataset.split(*names)
+    splits = ("train", "val", "test") if split == "all" else (split,)
+    chosen = dataset.split(*splits)
     if not chosen.samples:
         raise DataError(f"{data}: no sample is in the split '{split}'. Name another one, or 'all'.")
     store = FeatureStore(model, cache or default_cache())
     store.prepare(chosen, progress or silent)
     _check_classes(dataset, config, data)
     baseline = config.training.get("baseline", {})
-    reference = np.array([[baseline.get(name, math.nan) for name in model.task.labels]])
+    names = model.task.label_names(config.classes)
+    reference = np.array([[baseline.get(name, math.nan) for name in names]])
     predicted = predict(model, store, chosen.samples)
     true = model.task.truth(chosen.samples, config.image_size)
     return {
@@ -228,76 +224,10 @@ def build_model(
         )
     if config.weights == "float16" and config.mode == "frozen":
         # Rounded before features are taken, so that metrics are those of the stored weights.
-        _round_to_half_(backbone)
+        round_to_half_(backbone)
     model.backbone = backbone.eval()
     prepare_backbone_(config, model)
     return model
-
-
-def _round_to_half_(module: torch.nn.Module) -> None:
-    with torch.no_grad():
-        for value in [*module.parameters(), *module.buffers()]:
-            value.copy_(value.half().to(value.dtype))
-
-
-def write_model(
-    config: TrainConfig,
-    model: TaskModel,
-    dataset: Dataset,
-    source: Source,
-    objective: Objective,
-    log: dict[str, Any],
-) -> Path:
-    """Write a trained model with its story and its metrics, taken with the weights as stored.
-
-    Args:
-        config: names the place, and the recipe that the header tells.
-        model: its weights are final.
-        dataset: all splits of what it was trained on.
-        source: gives the samples of ``dataset``.
-        objective: gives the baseline.
-        log: how training went, for the header.
-
-    Returns:
-        The checkpoint's path.
-    """
-    live = config.mode == "finetune"
-    if config.weights == "float16":
-        # A frozen backbone was rounded before its features were taken.
-        parts = [model.pool, model.head, model.placeholders, model.decoder]
-        for part in [*parts, model.backbone] if live else parts:
-            _round_to_half_(part)
-    labels = model.task.labels
-    reference = dataset.split("train").labels(labels)
-    metrics = {}
-    for name in ("val", "test"):
-        part = dataset.split(name)  # type: ignore[arg-type]
-        if part.samples:
-            predicted = predict(model, source, part.samples, live)
-            true = model.task.truth(part.samples, config.image_size)
-            metrics[name] = model.task.evaluate(predicted, true, reference, dataset.classes)
-    origin_of_backbone, synthetic_backbone = _backbone_source(config)
-    origin = SYNTHETIC_BACKBONE_NOTICE if synthetic_backbone else ""
-    origin = SYNTHETIC_NOTICE if dataset.synthetic else origin
-    plain = {name: getattr(model.config, name) for name in ModelConfig.__struct_fields__}
-    header = CheckpointConfig(
-        **plain,
-        name=config.name or f"{config.task}-{model.config.backbone.name}-{config.image_size[0]}",
-        window_mm=model.task.window_mm,
-        orientation=model.task.orientation,
-        trained_on=f"{_data_source(dataset)}; backbone: {origin_of_backbone}",
-        notice=" ".join(filter(None, (origin, model.task.notice))),
-        dataset_fingerprint=dataset.fingerprint,
-        metrics=metrics,
-        training=config.recipe()
-        | {
-            "baseline": objective.baseline(reference),
-            "label_step": dataset.label_step(),
-        }
-        | log,
-        versions=_versions(),
-    )
-    return save_checkpoint(model, header, config.out, _dtype(config))
 
 
 def _check_classes(dataset: Dataset, config: CheckpointConfig, data: Path) -> None:
@@ -308,48 +238,8 @@ def _check_classes(dataset: Dataset, config: CheckpointConfig, data: Path) -> No
         )
 
 
-def _data_source(dataset: Dataset) -> str:
-    counts = ", ".join(
-        f"{name} {len(dataset.split(name).samples)}"  # type: ignore[arg-type]
-        for name in ("train", "val", "test")
-    )
-    subjects = len({sample.subject_id for sample in dataset.samples})
-    return f"{dataset.source}, {len(dataset.samples)} samples of {subjects} subjects ({counts})"
-
-
-def _backbone_source(config: TrainConfig) -> tuple[str, bool]:
-    """Return what the backbone was trained on, in words, and whether that was synthetic."""
-    path = Path(config.backbone)
-    if path.is_file() and not config.backbone_note:
-        try:
-            header = read_config(path)
-        except CheckpointError:
-            return path.name, False
-        # The head's data are not the backbone's: only what follows "backbone: " counts.
-        origin = header.trained_on.rpartition("; backbone: ")[2] or header.backbone.name
-        notices = (SYNTHETIC_NOTICE, SYNTHETIC_BACKBONE_NOTICE)
-        return origin, any(notice in header.notice for notice in notices)
-    name = config.backbone if config.backbone.partition("@")[0] in NAMES else path.name
-    note = f"{name} ({config.backbone_note})" if config.backbone_note else name
-    return note, "synthetic" in config.backbone_note
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("dinoexport", "torch", "numpy", "pillow"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
 def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
-
-
-def _dtype(config: TrainConfig) -> torch.dtype:
-    return torch.float16 if config.weights == "float16" else torch.float32
 
 
 def pick_device(name: str) -> torch.device:

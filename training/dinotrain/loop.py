@@ -26,6 +26,7 @@ from dinotrain.features import Progress
 from dinotrain.heads.pool import Features
 from dinotrain.model import TaskModel
 from dinotrain.objectives.base import Objective, Predictions
+from dinotrain.report.event_log import EventLog
 from dinotrain.schedule import rate_factor
 from dinotrain.sources import Batch, Dropped, Source
 from dinotrain.train_config import TrainConfig
@@ -119,7 +120,7 @@ class Run:
         self.live = config.mode == "finetune"
         self.samples = dataset.split("train").samples
         self.held = dataset.split("val").samples
-        objective.start_(dataset.split("train").labels(model.task.labels))
+        objective.start_(dataset.split("train").labels(model.task.label_names(dataset.classes)))
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         optimizer = build_optimizer(config, model)
         self.rates = [group["lr"] for group in optimizer.param_groups]
@@ -137,6 +138,7 @@ class Run:
     def train(self, report: Progress) -> None:
         """Run the epochs that are left; ``state.best`` are the weights to keep."""
         journal = self.state.journal
+        log = self._open_log(journal.epoch + 1)
         while journal.epoch < self.config.epochs and not journal.stopped:
             epoch = journal.epoch + 1
             loss, problem = self._epoch(epoch)
@@ -152,7 +154,16 @@ class Run:
             self._close(epoch, loss)
             if self.fabric.is_global_zero:
                 save_state(self.state, self.file)
+            if log is not None:
+                entry, rates = journal.log[-1], [g["lr"] for g in self.optimizer.param_groups]
+                named = {"loss": entry.loss, f"val/{self.objective.error_name}": entry.val_error}
+                log.scalars(epoch, {**named, "learning rate": rates[0]})
             report("training", epoch, self.config.epochs, _line(journal, self.objective.error_name))
+
+    def _open_log(self, first_epoch: int) -> EventLog | None:
+        if self.config.events is None or not self.fabric.is_global_zero:
+            return None
+        return EventLog(self.config.events, first_epoch if self.config.resume else 0)
 
     def _epoch(self, epoch: int) -> tuple[float, str]:
         """Train one epoch; returns the mean loss, and what went wrong or nothing."""

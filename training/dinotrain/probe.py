@@ -116,6 +116,8 @@ def probe(
         weight_decay=0.0,
     )
     device = pick_device(config.device)
+    if "probe" not in task.heads:
+        raise UsageError(f"task {config.task} has no linear probe; use `dinoexport train`")
     dataset = task.read(config.data, image_size=config.image_size, seed=config.seed)
     if not dataset.classes:
         raise UsageError(f"task {config.task} has no classes to probe; use `dinoexport train`")
@@ -126,7 +128,7 @@ def probe(
     widest = kinds[-1]
     model = build_model(_with_features(config, widest), backbone, dataset.classes).to(device)
     objective = task.objective(config, model)
-    objective.check(dataset.split("train").labels(task.labels))
+    objective.check(dataset.split("train").labels(task.label_names(dataset.classes)))
     store = FeatureStore(model, config.cache or default_cache())
     store.prepare(dataset, report)
     train, val = (_table(store, dataset, name, device) for name in ("train", "val"))

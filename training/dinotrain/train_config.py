@@ -39,6 +39,8 @@ _PLACES = (
     "devices",
     "strategy",
     "resume",
+    "report",
+    "events",
     "backbone_note",
     "name",
 )
@@ -126,6 +128,10 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     backbone_note: str = ""
     """What the backbone was trained on, where its file does not say so."""
     resume: bool = False
+    report: bool = False
+    """Whether a page about the model is written beside it."""
+    events: Path | None = None
+    """Folder of TensorBoard logs."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train."""

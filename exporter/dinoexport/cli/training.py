@@ -384,11 +384,11 @@ def _parse_features(kind: str, taps: str, tap_norm: str) -> "FeatureConfig | Non
     from dinotrain.backbones.vit import TapNorm
     from dinotrain.heads.pool import FeatureConfig, FeatureKind
 
-    found = {"taps": _parse_taps(taps)}
-    if tap_norm:
-        found["tap_norm"] = one_of("tap norm", tap_norm, get_args(TapNorm))
+    norm = one_of("tap norm", tap_norm, get_args(TapNorm)) if tap_norm else "final"
+    blocks = _parse_taps(taps)
     if kind:
-        return FeatureConfig(kind=one_of("features", kind, get_args(FeatureKind)), **found)
+        wanted = one_of("features", kind, get_args(FeatureKind))
+        return FeatureConfig(kind=wanted, taps=blocks, tap_norm=norm)
     if taps or tap_norm:
         raise UsageError("--taps and --tap-norm belong to --features. Name them, such as pyramid.")
     return None

@@ -86,14 +86,13 @@ class DeployConvNet(nn.Module):
     padded around normalised images; stages after the last one that is read are dropped.
     """
 
-    pixel_mean: Tensor
-
     def __init__(self, backbone: ConvNet, model: TaskModel) -> None:
         super().__init__()
         self.config = backbone.config
         self.net = fold_batch_norms(backbone)
         fold_scale_(self.net.first_convolution(), model.pixel_std)
-        self.register_buffer("pixel_mean", model.pixel_mean * 255)
+        # A parameter, so that it is rounded as an artifact stores it.
+        self.pixel_mean = nn.Parameter(model.pixel_mean * 255, requires_grad=False)
         self.deepest = model.pool.deepest
         self.prefix_count = 0
         self.record: dict[str, Tensor] = {}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dinoexport.errors import BuildError
 from dinoexport.graph.deploy_backbones import deploy_backbone
+from dinotrain.heads.query import QueryHead
 from dinotrain.model import TaskModel
 
 
@@ -32,6 +33,9 @@ class DeployModel(nn.Module):
         self.backbone = deploy_backbone(model)
         self.pool = copy.deepcopy(model.pool)
         self.head = copy.deepcopy(model.head)
+        for module in list(self.head.modules()):
+            if isinstance(module, QueryHead):
+                module.fold_constants_()
         self.decoder = copy.deepcopy(model.decoder)
         self.eval().requires_grad_(False)
 
@@ -90,7 +94,7 @@ def round_weights_(model: DeployModel, precision: str) -> DeployModel:
             )
         weight.copy_(rounded)
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm):
             # Core ML stores epsilon in half precision too: 1e-6 becomes 1.0133e-6.
             module.eps = float(torch.tensor(module.eps).half())
     return model

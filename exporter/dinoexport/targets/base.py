@@ -10,9 +10,17 @@ import numpy as np
 from dinoexport.graph.capture import CapturedProgram
 
 
+def plain(value: np.ndarray) -> np.ndarray:
+    """Return what a runtime gave in one of two types: int32 for whole numbers, else float32."""
+    array = np.asarray(value)
+    return array.astype(np.int32 if array.dtype.kind in "iub" else np.float32, copy=False)
+
+
 @dataclass(frozen=True)
 class RunResult:
-    """Outputs and taps of one run, by name; float32 arrays."""
+    """Outputs and taps of one run, by name: float32 arrays, int32 where outputs are numbers of
+    classes.
+    """
 
     outputs: dict[str, np.ndarray]
     taps: dict[str, np.ndarray]
@@ -93,7 +101,7 @@ class Target(ABC):
 
     @abstractmethod
     def norm_epsilons(self, path: Path) -> list[float]:
-        """Return the epsilon of each LayerNorm, in running order.
+        """Return the epsilon of each LayerNorm and GroupNorm, in running order.
 
         Where a layer's variance is large, taps cannot tell a wrong epsilon either.
         """

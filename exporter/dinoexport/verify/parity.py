@@ -131,12 +131,12 @@ def compare_norms(epsilons: Sequence[float], wanted: Sequence[Norm]) -> dict[str
     """
     left = list(epsilons)
     missing: list[Norm] = []
-    # Those that may be merged come last, so that they do not take another one's place.
-    for norm in sorted(wanted, key=lambda norm: norm.repeated):
+    # Those that may be left out come last, so that they do not take another one's place.
+    for norm in sorted(wanted, key=lambda norm: norm.optional):
         place = next((i for i, e in enumerate(left) if _same_epsilon(e, norm)), None)
         if place is not None:
             del left[place]
-        elif not norm.repeated:
+        elif not norm.optional:
             missing.append(norm)
     if not left and not missing:
         return {}

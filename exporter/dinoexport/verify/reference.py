@@ -34,15 +34,17 @@ DEPLOYED_PRECISIONS = ("fp32", "fp16")
 
 
 class Norm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One LayerNorm as it runs: its epsilon, and the first tap that it reaches (or ``head``).
+    """One LayerNorm or GroupNorm as it runs: its epsilon, and the first tap that it reaches.
 
-    ``repeated`` says that an earlier one read the same values, so that a converter may compute it
-    once for both: the members of an ensemble do.
+    ``layer`` is that tap, or ``head`` behind the last one.
+
+    ``optional`` says that a converter may leave it out: an earlier one reads the same values (the
+    members of an ensemble do), or it reads no picture at all (the queries of a decoder).
     """
 
     layer: str
     epsilon: float
-    repeated: bool
+    optional: bool
 
 
 class ReferenceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -86,7 +88,7 @@ class Reference:
         return {name: images[index] for name, images in self.inputs.items()}
 
     def norms(self, precision: str) -> list[Norm]:
-        """Every LayerNorm in running order, its epsilon rounded to a precision."""
+        """Every such norm in running order, its epsilon rounded to a precision."""
         if precision == "fp32":
             return list(self.info.norms)
         return [
@@ -240,27 +242,34 @@ def _positions(deploy: DeployModel, device: torch.device) -> dict[str, np.ndarra
 
 
 def _norms(deploy: DeployModel, device: torch.device) -> tuple[Norm, ...]:
-    """Every LayerNorm in running order, with its unrounded epsilon."""
+    """Every LayerNorm and GroupNorm in running order, with its unrounded epsilon."""
     layers = [*deploy.tap_names, "head"]
-    found: list[Norm] = []
-    read: list[tuple[float, Tensor]] = []
+    runs: list[list[tuple[Norm, Tensor]]] = []
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         epsilon = float(module.eps)  # type: ignore[arg-type]
-        repeated = any(e == epsilon and torch.equal(x, inputs[0]) for e, x in read)
-        read.append((epsilon, inputs[0]))
-        found.append(Norm(layers[len(deploy.backbone.record)], epsilon, repeated))
+        seen = runs[-1]
+        repeated = any(n.epsilon == epsilon and torch.equal(x, inputs[0]) for n, x in seen)
+        layer = layers[min(len(deploy.backbone.record), len(layers) - 1)]
+        seen.append((Norm(layer, epsilon, repeated), inputs[0]))
 
     hooks = [
         module.register_forward_pre_hook(note)
         for module in deploy.modules()
-        if isinstance(module, nn.LayerNorm)
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm)
     ]
-    image = torch.zeros(1, 3, *deploy.image_size, device=device)
-    deploy.run(tuple(image for _ in deploy.input_names))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        runs.append([])
+        shape = (len(deploy.input_names), 1, 3, *deploy.image_size)
+        images = 255 * torch.rand(shape, generator=generator)
+        deploy.run(tuple(images.to(device)))
     for hook in hooks:
         hook.remove()
-    return tuple(found)
+    return tuple(
+        msgspec.structs.replace(norm, optional=norm.optional or torch.equal(x, y))
+        for (norm, x), (_, y) in zip(*runs, strict=True)
+    )
 
 
 def _check_finite(exact: Values) -> None:

@@ -227,7 +227,7 @@ def test_norms_in_running_order(reference: Reference) -> None:
     assert [n.layer for n in norms] == [*TAPS[1:], "head", "head"]
     assert [n.epsilon for n in norms] == [1e-6] * 5 + [1e-5] * 2
     # One of the head reads primary gaze, the other three gazes.
-    assert not any(n.repeated for n in norms)
+    assert not any(n.optional for n in norms)
     rounded = reference.norms("fp16")
     assert [n.epsilon for n in rounded] == [float(np.float16(n.epsilon)) for n in norms]
     assert [n.layer for n in rounded] == [n.layer for n in norms]
@@ -237,8 +237,8 @@ def test_norms_of_an_ensemble_are_repeated() -> None:
     """Its members read the same features, each with a LayerNorm per branch."""
     norms = make_reference(other_model(members=3), "0" * 64, CPU).info.norms
     head = [n for n in norms if n.layer == "head"]
-    assert [n.repeated for n in head] == [False] * 2 + [True] * 4
-    assert not any(n.repeated for n in norms if n.layer != "head")
+    assert [n.optional for n in head] == [False] * 2 + [True] * 4
+    assert not any(n.optional for n in norms if n.layer != "head")
 
 
 def test_a_norm_of_another_epsilon_is_not_repeated() -> None:
@@ -247,7 +247,7 @@ def test_a_norm_of_another_epsilon_is_not_repeated() -> None:
     head[-1].eps = 1e-3
     norms = make_reference(model, "0" * 64, CPU).info.norms
     assert norms[-1] == Norm("head", 1e-3, False)
-    assert norms[-2].repeated
+    assert norms[-2].optional
 
 
 # --- the deploy graph is checked -----------------------------------------------------------------
@@ -476,7 +476,7 @@ def test_parts_that_do_not_fit(edit, change: Callable[..., object]) -> None:
     [
         (lambda h: h.update(format_version=9), "reference format 9, this version reads 2"),
         (lambda h: h.update(colour="red"), "unknown field `colour`"),
-        (lambda h: h["norms"][0].pop("repeated"), "missing required field `repeated`"),
+        (lambda h: h["norms"][0].pop("optional"), "missing required field `optional`"),
         (lambda h: h.update(image_size=[56]), "image_size"),
         (lambda h: h.pop("task"), "missing required field `task`"),
         (lambda h: h.clear(), "missing required field"),

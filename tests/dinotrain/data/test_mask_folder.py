@@ -2,13 +2,23 @@
 
 import hashlib
 import json
+from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
-from dinotrain.data.dataset import SPLITS
-from dinotrain.data.mask_dataset import stratified_splits
+from dinotrain.data.dataset import (
+    SPLITS,
+    ImageRef,
+    MaskRef,
+    Sample,
+    fingerprint,
+    load_mask,
+    share_names,
+    stratified_splits,
+)
 from dinotrain.data.mask_folder import read_mask_folder
 from dinotrain.data.masks import IGNORE
 from dinotrain.errors import DataError
@@ -56,27 +66,41 @@ def set_ids(folder, stem, ids):
     Image.fromarray(np.asarray(ids, dtype=np.uint8)).save(folder / "masks" / f"{stem}.png")
 
 
-def test_reads_samples_and_counts_pixels(folder):
+def test_reads_samples_with_the_shares_of_their_classes(folder):
     data = read(folder)
     assert data.classes == CLASSES
-    assert [s.stem for s in data.samples] == [f"p{n:02}" for n in range(20)]
+    assert [s.part for s in data.samples] == [f"p{n:02}" for n in range(20)]
+    assert [s.name for s in data.samples[:1]] == ["p00/p00"]
     first, second = data.samples[0], data.samples[1]
-    area = SIZE[0] * SIZE[1]
-    assert (first.size, first.pixels, first.ignored) == (SIZE, (area - 5, 0, 0), 5)
-    assert second.pixels == (area - 5 - 40 - 30, 40, 30)
-    assert (first.has_defect, second.has_defect) == (False, True)
-    assert second.mask_digest == hashlib.sha256(second.mask.read_bytes()).hexdigest()
-    assert second.image_digest == hashlib.sha256(second.image.read_bytes()).hexdigest()
-    assert data.class_images() == (20, 10, 5)
-    assert data.class_pixels() == (20 * (area - 5) - 10 * 40 - 5 * 30, 400, 150)
-    assert data.class_frequencies()[1] == pytest.approx(400 / (20 * (area - 5)))
+    labelled = SIZE[0] * SIZE[1] - 5
+    assert list(first.values) == ["share of Background", "share of Dust", "share of Scratch"]
+    assert list(first.values.values()) == [1, 0, 0]
+    wanted = [(labelled - 70) / labelled, 40 / labelled, 30 / labelled]
+    assert list(second.values.values()) == pytest.approx(wanted)
+    mask, image = second.mask, second.images["image"]
+    assert mask.digest == hashlib.sha256(mask.path.read_bytes()).hexdigest()
+    assert image.digest == hashlib.sha256(image.path.read_bytes()).hexdigest()
+    assert data.labels(share_names(CLASSES)).shape == (20, 3)
+    assert data.class_counts() == {"Background": 20, "Dust": 10, "Scratch": 5}
+    assert data.class_shares()["Dust"] == pytest.approx(400 / (20 * labelled))
     assert data.source == folder.name
     assert not data.synthetic
 
 
+def test_a_mask_without_labels_is_no_label(folder):
+    set_ids(folder, "p01", np.full(SIZE, IGNORE))
+    data = read(folder)
+    shares = data.labels(share_names(CLASSES))
+    assert np.isnan(shares[1]).all()
+    assert np.isfinite(np.delete(shares, 1, axis=0)).all()
+    assert data.class_counts()["Scratch"] == 4
+    assert sum(data.class_shares().values()) == pytest.approx(1)
+
+
 def test_loads_a_pair_at_the_models_size(folder):
     data = read(folder)
-    picture, mask = data.load(data.samples[1])
+    picture = data.load(data.samples[1].images["image"])
+    mask = load_mask(data.samples[1].mask, data.image_size)
     assert (picture.shape, picture.dtype) == ((28, 28, 3), np.uint8)
     assert (mask.shape, mask.dtype) == ((28, 28), np.uint8)
     # 40 of 48 rows remain, in 28: rows 10 to 20 of the file are rows 4.2 to 11.2.
@@ -97,10 +121,32 @@ def test_the_fingerprint_knows_content_and_nothing_else(folder, tmp_path_factory
     (moved / "classes.json").write_text(json.dumps(["Background", "Dust", "Crack"]))
     renamed = read(moved).fingerprint
     assert renamed != before.fingerprint
+    # Both classes are empty, and still are two classes.
+    empty = [fingerprint(before.samples, names) for names in (("a", "b"), ("b", "a"), ())]
+    assert len(set(empty)) == 3
     ids = np.zeros(SIZE)
     ids[3, 3] = 1
     set_ids(moved, "p00", ids)
     assert read(moved).fingerprint not in (before.fingerprint, renamed)
+
+
+def test_a_mask_changes_the_fingerprint_and_its_absence_does_not():
+    sample = Sample(
+        subject_id="a",
+        part="L",
+        split="train",
+        images={"image": ImageRef(path=Path("x"), digest="0" * 64, px_per_mm=7.5, window_mm=40.0)},
+        values={"mrd1": 1.5},
+        label_step=0.1,
+    )
+    plain = fingerprint((sample,))
+    # What it was before samples could have masks: trained checkpoints name it.
+    assert plain == "0effeb1f290050020c9ecc5160b6932ad0239cf06ec9fbbb340ef0a20fb75add"
+    one, other = (
+        msgspec.structs.replace(sample, mask=MaskRef(path=Path("m"), digest=digit * 64))
+        for digit in "12"
+    )
+    assert len({plain, fingerprint((one,)), fingerprint((other,))}) == 3
 
 
 # --- splits
@@ -140,7 +186,7 @@ def test_groups_stay_together_and_named_splits_hold(folder):
     data = read(folder)
     where = {}
     for sample in data.samples:
-        where.setdefault(sample.group, set()).add(sample.split)
+        where.setdefault(sample.subject_id, set()).add(sample.split)
     assert all(len(splits) == 1 for splits in where.values())
     assert where["part0"] == {"test"}
     assert where["part1"] == {"val"}

@@ -186,10 +186,11 @@ def test_a_data_set_is_read_as_it_was_drawn(folder):
     for index in (0, 7):
         sample = render_surface(3, index, 64)
         found = data.samples[index]
-        assert found.group == sample.part
-        assert found.pixels == tuple(np.bincount(sample.mask.ravel(), minlength=4).tolist())
-        assert np.array_equal(np.asarray(Image.open(found.image)), sample.image)
-        assert np.array_equal(np.asarray(Image.open(found.mask)), sample.mask)
+        assert found.subject_id == sample.part
+        counts = np.bincount(sample.mask.ravel(), minlength=4)
+        assert list(found.values.values()) == (counts / sample.mask.size).tolist()
+        assert np.array_equal(np.asarray(Image.open(found.images["image"].path)), sample.image)
+        assert np.array_equal(np.asarray(Image.open(found.mask.path)), sample.mask)
     splits = [sample.split for sample in data.samples]
     assert {"train", "val", "test"} == set(splits)
     assert splits.count("train") > 25

@@ -85,7 +85,7 @@ def test_parameters_on_vit_b_with_four_classes():
 def test_is_the_source_taken_literally(widths, sizes, image_size):
     decoder = SegmentationDecoder(widths, sizes[2], image_size, 3, SMALL).double().eval()
     taps = [tap.double() for tap in taps_for(widths, sizes)]
-    found = decoder(taps)
+    found = decoder({"image": taps})
     assert found.shape == (2, 3, *image_size)
     # Both are float64; they differ in the order of sums only.
     torch.testing.assert_close(found, literal(decoder, taps), rtol=1e-10, atol=1e-10)
@@ -105,7 +105,7 @@ def test_a_fault_is_seen_by_that_comparison(fault, monkeypatch):
     else:
         exact = F.gelu
         monkeypatch.setattr(F, "gelu", lambda x: exact(x, approximate="tanh"))
-    assert (decoder(taps) - wanted).abs().max() > 1e-7
+    assert (decoder({"image": taps}) - wanted).abs().max() > 1e-7
 
 
 def test_initial_weights_are_kaiming_normal_over_all_inputs():
@@ -141,15 +141,17 @@ def test_export_gives_the_same_numbers_for_any_batch():
     batch = torch.export.Dim("batch", min=1, max=8)
     program = torch.export.export(
         decoder,
-        (taps_for((24,) * 3, [(5, 4)] * 3),),
-        dynamic_shapes=([{0: batch}] * 3,),
+        ({"image": taps_for((24,) * 3, [(5, 4)] * 3)},),
+        dynamic_shapes=({"image": [{0: batch}] * 3},),
     ).run_decompositions({})
     for nodes in program.graph.nodes:
         value = nodes.meta.get("val")
         assert not isinstance(value, Tensor) or value.ndim <= 4
     taps = taps_for((24,) * 3, [(5, 4)] * 3, batch=3)
     # The same float32 kernels in the same order, but for how a normalisation is taken apart.
-    torch.testing.assert_close(program.module()(taps), decoder(taps), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        program.module()({"image": taps}), decoder({"image": taps}), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_learns_to_copy_a_map():
@@ -159,12 +161,12 @@ def test_learns_to_copy_a_map():
     wanted = (F.interpolate(taps[2][:, :1], size=(56, 56), mode="bilinear")[:, 0] > 0).long()
     optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-2)
     for _ in range(60):
-        loss = F.cross_entropy(decoder(taps), wanted)
+        loss = F.cross_entropy(decoder({"image": taps}), wanted)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert all(p.grad is not None and p.grad.any() for p in decoder.parameters())
-    right = (decoder.eval()(taps).argmax(dim=1) == wanted).float().mean()
+    right = (decoder.eval()({"image": taps}).argmax(dim=1) == wanted).float().mean()
     # The majority class alone gives about a half.
     assert right > 0.9
 
@@ -173,9 +175,9 @@ def test_state_survives_a_copy():
     decoder = SegmentationDecoder((4,) * 3, (2, 2), (28, 28), 2, SMALL).eval()
     other = SegmentationDecoder((4,) * 3, (2, 2), (28, 28), 2, SMALL).eval()
     taps = taps_for((4,) * 3, [(2, 2)] * 3)
-    assert not torch.equal(other(taps), decoder(taps))
+    assert not torch.equal(other({"image": taps}), decoder({"image": taps}))
     other.load_state_dict(copy.deepcopy(decoder.state_dict()))
-    assert torch.equal(other(taps), decoder(taps))
+    assert torch.equal(other({"image": taps}), decoder({"image": taps}))
 
 
 def test_refusals():
@@ -185,8 +187,8 @@ def test_refusals():
         SegmentationDecoder((8,) * 3, (2, 2), (28, 28), 1)
     decoder = SegmentationDecoder((8,) * 3, (2, 2), (28, 28), 2)
     with pytest.raises(ShapeError, match=r"built for taps of \(8, 8, 8\)"):
-        decoder(taps_for((8, 8, 9), [(2, 2)] * 3))
+        decoder({"image": taps_for((8, 8, 9), [(2, 2)] * 3)})
     with pytest.raises(ShapeError, match="the deepest 2×2"):
-        decoder(taps_for((8,) * 3, [(3, 3)] * 3))
+        decoder({"image": taps_for((8,) * 3, [(3, 3)] * 3)})
     with pytest.raises(ShapeError):
-        decoder(taps_for((8, 8), [(2, 2)] * 2))
+        decoder({"image": taps_for((8, 8), [(2, 2)] * 2)})

@@ -341,3 +341,15 @@ def test_refusals():
     assert meter.images == 0
     # Where there is no label, any prediction is ignored.
     meter.add(plane("..9"), plane("..x"))
+
+
+def test_the_majority_may_come_from_elsewhere():
+    meter = SegmentationMeter(("a", "b"))
+    meter.add(np.array([[0, 0, 1, 1]]), np.array([[0, 0, 0, 1]]))
+    assert meter.result()["majority_predictor"]["class"] == "a"
+    assert meter.result(majority=1)["majority_predictor"] == {
+        "class": "b",
+        "pixel_accuracy": 0.25,
+        # a: 0 of 3; b: 1 of 4.
+        "mean_iou": 0.125,
+    }

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinotrain.data.images import Pixels, crop_window, fit_image, read_image
+from dinotrain.data.masks import Mask, fit_mask, read_mask
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -35,6 +36,14 @@ class ImageRef(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.px_per_mm!r}|{self.window_mm!r}|{self.mirror}"
 
 
+class MaskRef(msgspec.Struct, frozen=True, kw_only=True):
+    """The class of every pixel of a sample's only picture, in a file of the picture's size."""
+
+    path: Path
+    digest: str
+    """sha256 of the file."""
+
+
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """What is measured once: up to one picture per input of the task, and a value per target."""
 
@@ -44,7 +53,9 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     split: Split
     images: dict[str, ImageRef]
     values: dict[str, float]
-    """{target: value}; NaN where there is no label."""
+    """{target: value}; NaN where there is no label. With a mask: {share_name(class): share}."""
+    mask: MaskRef | None = None
+    """Where pixels have labels; ``values`` then are the shares of its labelled pixels per class."""
     label_step: float | None = None
     """Step that the labels were rounded to, in their unit."""
 
@@ -62,7 +73,9 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str
     """sha256 over labels, splits, crops and picture digests; independent of paths and of order."""
     classes: tuple[str, ...] = ()
-    """Names of the classes, in the order of their numbers, where samples have classes."""
+    """Names of the classes, in the order of their numbers, where samples or pixels have classes."""
+    notes: tuple[str, ...] = ()
+    """What is worth a look though accepted: empty classes, masks without a label, skipped files."""
     source: str = ""
     """What the data are, in a few words."""
     synthetic: bool = False
@@ -77,9 +90,26 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True):
         return label_table(self.samples, targets)
 
     def class_counts(self) -> dict[str, int]:
-        """Samples per class, {name: count}; empty where samples have no classes."""
+        """Samples per class, {name: count}; with masks, samples that show the class at all.
+
+        Empty where there are no classes.
+        """
+        if any(sample.mask for sample in self.samples):
+            shares = self.labels(share_names(self.classes))
+            return dict(zip(self.classes, (shares > 0).sum(axis=0).tolist(), strict=True))
         found = [sample.values.get("class", math.nan) for sample in self.samples]
         return {name: found.count(float(index)) for index, name in enumerate(self.classes)}
+
+    def class_shares(self) -> dict[str, float]:
+        """Share of the labelled pixels per class, {name: share}; empty where there are no masks.
+
+        Samples count alike, whatever their size: all of them train at one size.
+        """
+        shares = self.labels(share_names(self.classes))
+        labelled = np.isfinite(shares).all(axis=1)
+        if not self.classes or not labelled.any():
+            return {}
+        return dict(zip(self.classes, shares[labelled].mean(axis=0).tolist(), strict=True))
 
     def label_step(self) -> float | None:
         """Return the coarsest step of any label, or None where no sample names one."""
@@ -89,6 +119,11 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True):
     def load(self, image: ImageRef) -> Pixels:
         """(height, width, 3) uint8, cropped and oriented; see ``load_image``."""
         return load_image(image, self.image_size)
+
+
+def share_names(classes: Sequence[str]) -> tuple[str, ...]:
+    """Return the name of the value that holds a class's share of a mask, class by class."""
+    return tuple(f"share of {name}" for name in classes)
 
 
 def label_table(samples: Sequence[Sample], targets: Sequence[str]) -> NDArray[np.float64]:
@@ -114,13 +149,32 @@ def load_image(image: ImageRef, image_size: tuple[int, int]) -> Pixels:
     return np.ascontiguousarray(pixels[:, ::-1] if image.mirror else pixels)
 
 
-def fingerprint(samples: tuple[Sample, ...]) -> str:
-    """sha256 over everything that training reads from the samples; order and paths do not count."""
-    lines = []
+def load_mask(mask: MaskRef, image_size: tuple[int, int]) -> Mask:
+    """Read a mask and cut and resize it as ``load_image`` does its picture.
+
+    Returns:
+        (height, width) uint8, class ids and 255; nearest pixels.
+
+    Raises:
+        DataError: the mask cannot be read.
+    """
+    return fit_mask(read_mask(mask.path), image_size)
+
+
+def fingerprint(samples: tuple[Sample, ...], classes: Sequence[str] = ()) -> str:
+    """sha256 over everything that training reads from the samples; order and paths do not count.
+
+    Args:
+        samples: of all splits.
+        classes: names, where the order of the classes is no part of the samples.
+    """
+    lines = ["\x1f".join(classes)] if classes else []
     for sample in samples:
         images = [f"{k}={v.digest}|{v.crop_key}" for k, v in sorted(sample.images.items())]
         values = [f"{k}={v!r}" for k, v in sorted(sample.values.items())]
         facts = [sample.subject_id, sample.part, sample.split, repr(sample.label_step)]
+        if sample.mask:
+            facts.append(f"mask={sample.mask.digest}")
         lines.append("\x1f".join(facts + images + values))
     return hashlib.sha256("\x1e".join(sorted(lines)).encode()).hexdigest()
 
@@ -135,3 +189,32 @@ def assign_splits(subjects: list[str], seed: int) -> dict[str, Split]:
     held = 0 if few else max(1, round(len(ranked) / 10))
     cuts = {"val": ranked[:held], "test": ranked[held : 2 * held], "train": ranked[2 * held :]}
     return {subject: split for split, part in cuts.items() for subject in part}  # type: ignore[misc]
+
+
+def stratified_splits(strata: dict[str, tuple[int, ...]], seed: int) -> dict[str, Split]:
+    """Split groups 80 : 10 : 10, each part with its share of every stratum.
+
+    Groups are put in order of their stratum, inside it by a seeded hash, and every tenth goes to
+    validation, every tenth to test. From five groups on, both get at least one; fewer all train.
+
+    Args:
+        strata: {group: what it shows}, such as its classes besides the background.
+        seed: of the hash.
+
+    Returns:
+        {group: split}.
+    """
+
+    def rank(group: str) -> tuple[bool, tuple[int, ...], bytes]:
+        digest = hashlib.sha256(f"{seed}\x1f{group}".encode()).digest()
+        # Clean groups stand together, so that the presence of defects is balanced first.
+        return bool(strata[group]), strata[group], digest
+
+    ranked = sorted(strata, key=rank)
+    count = len(ranked)
+    held = max(1, round(count / 10)) if count >= 5 else 0
+    splits: dict[str, Split] = dict.fromkeys(ranked, "train")
+    for turn in range(held):
+        splits[ranked[int((turn + 0.25) * count / held)]] = "val"
+        splits[ranked[int((turn + 0.75) * count / held)]] = "test"
+    return splits

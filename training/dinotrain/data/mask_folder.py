@@ -10,6 +10,7 @@ Source: METHODS C (classes, ignore index, split 80 : 10 : 10 stratified by defec
 """
 
 import csv
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -20,19 +21,23 @@ import msgspec
 import numpy as np
 
 from dinotrain.data.class_list import read_classes, read_text
-from dinotrain.data.dataset import SPLITS
-from dinotrain.data.images import read_image
-from dinotrain.data.mask_dataset import (
-    MaskDataset,
-    MaskSample,
-    mask_fingerprint,
+from dinotrain.data.dataset import (
+    SPLITS,
+    Dataset,
+    ImageRef,
+    MaskRef,
+    Sample,
+    fingerprint,
+    share_names,
     stratified_splits,
 )
+from dinotrain.data.images import read_image
 from dinotrain.data.masks import IGNORE, read_mask
 from dinotrain.data.origin import read_origin
 from dinotrain.digests import digest
 from dinotrain.errors import DataError
 
+IMAGE = "image"
 SHOWN = 10
 SPLIT_COLUMNS = ("stem", "group", "split")
 # What desktops leave behind in folders.
@@ -47,7 +52,7 @@ def read_mask_folder(
     seed: int = 0,
     skip_unreadable: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> MaskDataset:
+) -> Dataset:
     """Read a folder of pictures and masks; every file is decoded once and checked.
 
     ``split.csv`` may name per stem its ``group`` (blank: a group of its own) and its ``split``
@@ -55,11 +60,15 @@ def read_mask_folder(
 
     Args:
         path: the folder that holds ``images``, ``masks`` and ``classes.txt`` or ``classes.json``.
-        image_size: (height, width) of what ``MaskDataset.load`` gives.
+        image_size: (height, width) of what ``Dataset.load`` and ``load_mask`` give.
         seed: of the split, where ``split.csv`` leaves it open.
         skip_unreadable: leave out pairs of which a file cannot be read, and note them, instead of
             refusing; everything else that is wrong is still refused.
         progress: called with (pairs checked, pairs) after each.
+
+    Returns:
+        Samples in the order of their stems; ``subject_id`` is the group, ``part`` the stem, and the
+        values are the shares of the mask's labelled pixels per class (NaN where none is labelled).
 
     Raises:
         DataError: the folder or any of its files cannot be used; up to ten files are named.
@@ -80,18 +89,18 @@ def read_mask_folder(
     if not found:
         raise DataError(f"{path}: no picture is left to train on. {'; '.join(problems.skipped)}")
     _check_binary(path, found)
-    samples = _assign(found, places, seed)
+    samples = _assign(found, classes, places, seed)
     if not any(sample.split == "train" for sample in samples):
         raise DataError(
             f"{path}: no picture is in the split 'train'. Name train rows in split.csv, or leave "
             "the column blank."
         )
     source, synthetic = read_origin(path)
-    return MaskDataset(
+    return Dataset(
         samples=samples,
         classes=classes,
         image_size=image_size,
-        fingerprint=mask_fingerprint(samples, classes),
+        fingerprint=fingerprint(samples, classes),
         notes=(*(f"skipped {text}" for text in problems.skipped), *_notes(samples, classes)),
         source=source or path.resolve().name,
         synthetic=synthetic,
@@ -142,9 +151,10 @@ class _Pair(msgspec.Struct, frozen=True, kw_only=True):
     mask: Path
     image_digest: str
     mask_digest: str
-    size: tuple[int, int]
     pixels: tuple[int, ...]
+    """Labelled pixels per class."""
     ignored: int
+    """Pixels without a label."""
 
     @property
     def shown(self) -> tuple[int, ...]:
@@ -239,7 +249,6 @@ def _check_pair(
         mask=mask,
         image_digest=digest(image),
         mask_digest=digest(mask),
-        size=(ids.shape[0], ids.shape[1]),
         pixels=tuple(counts[:classes]),
         ignored=counts[IGNORE],
     ), []
@@ -331,8 +340,8 @@ def _read_rows(file: Path) -> list[tuple[int, dict[str, str]]]:
 
 
 def _assign(
-    pairs: list[_Pair], places: dict[str, tuple[str, str]], seed: int
-) -> tuple[MaskSample, ...]:
+    pairs: list[_Pair], classes: tuple[str, ...], places: dict[str, tuple[str, str]], seed: int
+) -> tuple[Sample, ...]:
     """Give every pair its group and split; groups with a named split keep it."""
     groups = {pair.stem: places.get(pair.stem, ("", ""))[0] or pair.stem for pair in pairs}
     named: dict[str, str] = {}
@@ -347,23 +356,33 @@ def _assign(
     drawn = stratified_splits({g: tuple(sorted(shown)) for g, shown in strata.items()}, seed)
     splits = named | drawn
     return tuple(
-        MaskSample(
-            group=groups[pair.stem],
+        Sample(
+            subject_id=groups[pair.stem],
+            part=pair.stem,
             split=splits[groups[pair.stem]],  # type: ignore[arg-type]
-            **msgspec.structs.asdict(pair),
+            images={IMAGE: ImageRef(path=pair.image, digest=pair.image_digest)},
+            mask=MaskRef(path=pair.mask, digest=pair.mask_digest),
+            values=_shares(pair, classes),
         )
         for pair in pairs
     )
 
 
-def _notes(samples: tuple[MaskSample, ...], classes: tuple[str, ...]) -> list[str]:
+def _shares(pair: _Pair, classes: tuple[str, ...]) -> dict[str, float]:
+    labelled = sum(pair.pixels)
+    shares = (count / labelled if labelled else math.nan for count in pair.pixels)
+    return dict(zip(share_names(classes), shares, strict=True))
+
+
+def _notes(samples: tuple[Sample, ...], classes: tuple[str, ...]) -> list[str]:
+    names = share_names(classes)
     notes = [
-        f"masks/{sample.mask.name}: no pixel has a label"
+        f"masks/{sample.mask.path.name}: no pixel has a label"
         for sample in samples
-        if not any(sample.pixels)
+        if sample.mask and math.isnan(sample.values[names[0]])
     ]
-    for number, name in enumerate(classes):
-        having = {sample.split for sample in samples if sample.pixels[number]}
+    for number, (name, share) in enumerate(zip(classes, names, strict=True)):
+        having = {sample.split for sample in samples if sample.values[share] > 0}
         missing = [s for s in SPLITS if s not in having and any(x.split == s for x in samples)]
         if not having:
             notes.append(f"class {number} '{name}' is empty: no mask shows it")

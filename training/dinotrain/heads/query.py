@@ -45,11 +45,15 @@ class CrossAttention(nn.Module):
 
     def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
         """(B, Q, D) and (B, T, D) → (B, Q, D)."""
-        batch, count, dim = queries.shape
+        return self.look(self.q(queries), memory)
+
+    def look(self, projected: Tensor, memory: Tensor) -> Tensor:
+        """Projected queries, (B, Q, D), and (B, T, D) → (B, Q, D)."""
+        batch, count, dim = projected.shape
         head_dim = dim // self.heads
         q, k, v = (
             part.reshape(batch, part.shape[1], self.heads, head_dim).transpose(1, 2)
-            for part in (self.q(queries), self.k(memory), self.v(memory))
+            for part in (projected, self.k(memory), self.v(memory))
         )
         # Plain products: the queries are few, and an exported SDPA carries NaN guards that
         # delegates refuse.
@@ -78,10 +82,42 @@ class QueryLayer(nn.Module):
 
     def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
         """(B, Q, D) and (B, T, D) → (B, Q, D)."""
-        x = self.norm1(queries)
-        queries = queries + self.drop(self.self_attention(x, x))
+        queries = self.exchange(queries)
         queries = queries + self.drop(self.cross_attention(self.norm2(queries), memory))
         return queries + self.drop(self.mlp(self.norm3(queries)))
+
+    def exchange(self, queries: Tensor) -> Tensor:
+        """Let the queries read each other, (B, Q, D) → (B, Q, D)."""
+        x = self.norm1(queries)
+        return queries + self.drop(self.self_attention(x, x))
+
+
+class FoldedLayer(nn.Module):
+    """A layer whose queries come from no picture, for inference: what is the same for all pictures
+    is worked out once. Converters do so by themselves, after weights were rounded.
+
+    Args:
+        layer: the first one of a decoder.
+        queries: (1, Q, D), learned.
+    """
+
+    def __init__(self, layer: QueryLayer, queries: Tensor) -> None:
+        super().__init__()
+        with torch.no_grad():
+            start = layer.exchange(queries)
+            projected = layer.cross_attention.q(layer.norm2(start))
+        self.start = nn.Parameter(start, requires_grad=False)
+        self.projected = nn.Parameter(projected, requires_grad=False)
+        self.cross_attention = layer.cross_attention
+        self.norm3 = layer.norm3
+        self.mlp = layer.mlp
+
+    def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
+        """(B, Q, D), of which only B counts, and (B, T, D) → (B, Q, D)."""
+        batch = memory.shape[0]
+        seen = self.cross_attention.look(self.projected.expand(batch, -1, -1), memory)
+        queries = self.start.expand(batch, -1, -1) + seen
+        return queries + self.mlp(self.norm3(queries))
 
 
 class QueryHead(nn.Module):
@@ -155,6 +191,12 @@ class QueryHead(nn.Module):
     def output_weights(self) -> list[Tensor]:
         """Weights of the output layers, one (targets, width, dim): all read the same space."""
         return [torch.stack([output.weight for output in self.outputs])]  # type: ignore[arg-type]
+
+    def fold_constants_(self) -> None:
+        """Work out once what no picture changes, in place; for inference only."""
+        first = self.layers[0]
+        if isinstance(first, QueryLayer):
+            self.layers[0] = FoldedLayer(first.eval(), self.queries)
 
     @torch.no_grad()
     def set_output_bias_(self, bias: Tensor) -> None:

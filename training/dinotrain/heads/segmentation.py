@@ -4,7 +4,7 @@ The deepest map is enlarged in four stages; the two shallower ones join on the w
 fixed when the decoder is built, so that it captures into one static graph. Source: METHODS C.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import torch.nn.functional as F
@@ -116,11 +116,11 @@ class SegmentationDecoder(nn.Module):
         nn.init.kaiming_normal_(self.classify.weight, mode="fan_in", nonlinearity="relu")
         nn.init.zeros_(self.classify.bias)  # type: ignore[arg-type]
 
-    def forward(self, taps: Sequence[Tensor]) -> Tensor:
+    def forward(self, pooled: Mapping[str, Sequence[Tensor]]) -> Tensor:
         """Give logits per pixel.
 
         Args:
-            taps: three maps (B, width, rows, cols), shallow to deep.
+            pooled: of the only input, three maps (B, width, rows, cols), shallow to deep.
 
         Returns:
             (B, classes, height, width), the dtype of the taps.
@@ -128,6 +128,7 @@ class SegmentationDecoder(nn.Module):
         Raises:
             ShapeError: not three maps, or widths or the deepest size other than built for.
         """
+        (taps,) = pooled.values()
         self._check(taps)
         shallow, mid, deep = taps
         x = self.stage1(deep, None, self._size(1))

@@ -106,8 +106,12 @@ class SegmentationMeter:
         self.confusion += other.confusion
         self.shapes = [a + b for a, b in zip(self.shapes, other.shapes, strict=True)]
 
-    def result(self) -> dict[str, Any]:
+    def result(self, majority: int | None = None) -> dict[str, Any]:
         """Return all figures; None stands where a figure is undefined.
+
+        Args:
+            majority: id of the class that a model without pictures answers everywhere, from the
+                training masks; the commonest true class where None.
 
         Returns:
             {images, pixels, tolerance_px, pixel_accuracy, mean_iou, mean_dice, mean_bt_iou,
@@ -116,7 +120,7 @@ class SegmentationMeter:
             detection_rate, predicted_instances, detection_precision, surface_distance_px,
             surface_images, one_sided_images, bf1}}}. Means run over the classes with a non-empty
             union, the mean of ``bt_iou`` over those without the background. The majority predictor
-            names the commonest true class everywhere: what a model must beat.
+            is what a model must beat.
         """
         iou, dice = overlap(self.confusion)
         total = int(self.confusion.sum())
@@ -137,14 +141,14 @@ class SegmentationMeter:
             "mean_iou": _mean(iou),
             "mean_dice": _mean(dice),
             "mean_bt_iou": _mean([row["bt_iou"] for row in rows.values()]),
-            "majority_predictor": self._majority(),
+            "majority_predictor": self._majority(majority),
             "confusion": self.confusion.tolist(),
             "classes": rows,
         }
 
-    def _majority(self) -> dict[str, Any]:
+    def _majority(self, number: int | None) -> dict[str, Any]:
         true = self.confusion.sum(axis=1)
-        best = int(true.argmax())
+        best = int(true.argmax()) if number is None else number
         guess = np.zeros_like(self.confusion)
         guess[:, best] = true
         return {

@@ -8,6 +8,7 @@ from dinotrain.tasks.base import Task
 TABLE = {
     "eyelid": "dinotrain.tasks.eyelid:EyelidTask",
     "classify": "dinotrain.tasks.classify:ClassifyTask",
+    "segment": "dinotrain.tasks.segment:SegmentTask",
 }
 """Task name → class, imported when it is asked for."""
 

@@ -4,9 +4,9 @@ Nothing outside this folder asks which task it has.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dinotrain.heads.pool import Pool
     from dinotrain.model import ModelConfig, TaskModel
     from dinotrain.objectives.base import Objective, Predictions
+    from dinotrain.report.page import Section
     from dinotrain.train_config import TrainConfig
 
     Loaded = tuple[dict[str, Pixels], np.ndarray]
@@ -65,6 +66,20 @@ class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"{self.name}_std_{self.unit}"
 
 
+class Case(NamedTuple):
+    """Predictions of some samples beside the truth, as a report asks a task about them."""
+
+    config: "ModelConfig"
+    predicted: "Predictions"
+    true: "np.ndarray"
+    """What ``Task.truth`` gives."""
+    names: list[str]
+    load: "Callable[[int], dict[str, Pixels]]"
+    """Number of a sample → its pictures, {input: (H, W, 3) uint8}."""
+    metrics: Any
+    """What ``Task.evaluate`` gives."""
+
+
 class Branch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Targets that read the same vector, which is ``inputs_read`` pooled features wide."""
 
@@ -80,7 +95,7 @@ class Task(ABC):
     summary: str
     inputs: tuple[TaskInput, ...]
     labels: tuple[str, ...]
-    """Names of the values that a sample is labelled with."""
+    """Names of the values that a sample is labelled with, where these are the same in all data."""
     heads: "tuple[HeadKind, ...]"
     """Kinds of heads that fit; the first is the default."""
     truth_moves: bool = False
@@ -94,6 +109,16 @@ class Task(ABC):
     budgets: dict[str, float]
     """Largest error per precision that parity accepts, in ``error_unit``."""
     error_unit: str
+    presets: "Mapping[str, Mapping[str, Any]]" = {}  # noqa: RUF012
+    """Recipes by name, {name: {field of ``TrainConfig``: value}}."""
+
+    def label_names(self, classes: "Sequence[str]") -> tuple[str, ...]:
+        """Return the names of the values that a sample is labelled with.
+
+        Args:
+            classes: of the data or of the model.
+        """
+        return self.labels
 
     @abstractmethod
     def outputs(self, config: "ModelConfig") -> tuple[OutputSpec, ...]:
@@ -197,6 +222,10 @@ class Task(ABC):
             reference: (m, labels), labels that were trained on: what a model must beat.
             classes: names, where the task has classes.
         """
+
+    @abstractmethod
+    def section(self, case: Case) -> "Section":
+        """Return the part of a report about some predictions."""
 
     @abstractmethod
     def draw(

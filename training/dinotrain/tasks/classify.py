@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
 from dinotrain.errors import DataError
-from dinotrain.tasks.base import OutputSpec, Task, TaskInput
+from dinotrain.tasks.base import Case, OutputSpec, Task, TaskInput
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dinotrain.model import ModelConfig, TaskModel
     from dinotrain.objectives.base import Predictions
     from dinotrain.objectives.classes import ClassObjective
+    from dinotrain.report.page import Section
     from dinotrain.tasks.base import Loaded
     from dinotrain.train_config import TrainConfig
 
@@ -157,6 +158,19 @@ class ClassifyTask(Task):
                 predicted["probabilities"], true[:, 0], majority, classes
             )
         }
+
+    def section(self, case: Case) -> "Section":
+        """Accuracies, confusions, the surest mistakes."""
+        from dinotrain.report.class_section import class_section
+
+        return class_section(
+            case.predicted["probabilities"],
+            case.true[:, 0],
+            case.config.classes,
+            case.names,
+            case.load,
+            case.metrics["probabilities"],
+        )
 
     def draw(
         self,

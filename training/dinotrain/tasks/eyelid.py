@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 
-from dinotrain.tasks.base import Branch, OutputSpec, TargetSpec, Task, TaskInput
+from dinotrain.tasks.base import Branch, Case, OutputSpec, TargetSpec, Task, TaskInput
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dinotrain.model import ModelConfig, TaskModel
     from dinotrain.objectives.base import Predictions
     from dinotrain.objectives.measure import MeasureObjective
+    from dinotrain.report.page import Section
     from dinotrain.tasks.base import Loaded
     from dinotrain.train_config import TrainConfig
 
@@ -182,6 +183,14 @@ class EyelidTask(Task):
 
         values = np.stack([predicted[target.output_name] for target in self.targets], axis=1)
         return evaluate_targets(values, true, reference, self.targets)
+
+    def section(self, case: Case) -> "Section":
+        """Agreement per distance, uncertainty where it is stated, worst eyes."""
+        from dinotrain.report.measure_section import measure_section
+
+        return measure_section(
+            case.predicted, case.true, self.targets, case.names, case.load, case.metrics
+        )
 
     def draw(
         self,

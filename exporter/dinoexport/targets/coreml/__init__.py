@@ -56,14 +56,10 @@ class CoremlTarget(Target):
         return {forms.get(mode, mode.lower()) for mode in modes}
 
     def norm_epsilons(self, path: Path) -> list[float]:
-        """Read the ``epsilon`` of each layer_norm."""
-        from dinoexport.targets.coreml.evaluator import PackageEvaluator
+        """Read the ``epsilon`` of each layer_norm, and what is added before each square root."""
+        from dinoexport.targets.coreml.evaluator import PackageEvaluator, norm_epsilons
 
-        return [
-            float(op.settings.get("epsilon", 1e-5))
-            for op in PackageEvaluator(path).operations
-            if op.kind == "layer_norm"
-        ]
+        return norm_epsilons(PackageEvaluator(path).operations)
 
     def count_operations(self, path: Path) -> dict[str, int]:
         """Count MIL operations, constants left out."""

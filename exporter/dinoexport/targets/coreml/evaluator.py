@@ -49,10 +49,12 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
 class OperationInfo(msgspec.Struct, frozen=True, kw_only=True):
     """One operation of the program: its type, and the name and type of each output.
 
-    ``settings`` holds its constant scalars, such as ``{"mode": "EXACT"}`` of a ``gelu``.
+    ``settings`` holds its constant scalars, such as ``{"mode": "EXACT"}`` of a ``gelu``; ``inputs``
+    names the variables that it reads, constants included.
     """
 
     kind: str
+    inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     dtypes: tuple[str, ...]
     settings: dict[str, str | float]
@@ -161,6 +163,10 @@ class PackageEvaluator:
                 f"{self.path}: no variable for node '{fx_name}'; the converter folded, fused or "
                 f"moved it. Tap a residual sum or an output."
             )
+        if len({name.removesuffix("_cast_fp16") for name in found}) > 1 and shape is not None:
+            # What a GroupNorm is written out to takes names of its own kind, such as add_3.
+            fitting = [name for name in found if _fits(tuple(shape), self._by_name[name].shape)]
+            found = fitting or found
         if len({name.removesuffix("_cast_fp16") for name in found}) > 1:
             raise ParityError(
                 f"{self.path}: node '{fx_name}' could be any of {', '.join(found)}. Tap a node "
@@ -295,6 +301,25 @@ class PackageEvaluator:
         return freed
 
 
+def norm_epsilons(operations: Sequence[OperationInfo]) -> list[float]:
+    """Return the epsilon of each LayerNorm and GroupNorm, in running order.
+
+    A GroupNorm is written out and ends in (x − mean) / sqrt(variance + epsilon).
+    """
+    sums = {
+        op.outputs[0]: float(op.settings["y"])
+        for op in operations
+        if op.kind == "add" and "y" in op.settings
+    }
+    found = []
+    for op in operations:
+        if op.kind == "layer_norm":
+            found.append(float(op.settings.get("epsilon", 1e-5)))
+        elif op.kind == "sqrt" and op.inputs[0] in sums:
+            found.append(sums[op.inputs[0]])
+    return found
+
+
 def _function_name(package: Package, wanted: str | None) -> str:
     functions = package.spec.mlProgram.functions
     name = wanted or str(package.spec.description.defaultFunctionName or "main")
@@ -325,12 +350,15 @@ def _described(description: Any, function: str) -> dict[str, Any]:
 
 def _info(operation: Any) -> OperationInfo:
     settings = {}
+    read: list[str] = []
     for name, entry in operation.inputs.items():
+        read += [var.name for var in (entry if isinstance(entry, list | tuple) else [entry]) if var]
         value = None if isinstance(entry, list | tuple) or entry is None else entry.val
         if isinstance(value, str | bool | int | float | np.generic):
             settings[name] = value.item() if isinstance(value, np.generic) else value
     return OperationInfo(
         kind=operation.op_type,
+        inputs=tuple(read),
         outputs=tuple(var.name for var in operation.outputs),
         dtypes=tuple(types.builtin_to_string(var.dtype) for var in operation.outputs),
         settings=settings,

@@ -14,6 +14,10 @@ from dinoexport.targets.coreml.evaluator import PackageEvaluator
 from dinoexport.targets.coreml.package import normalise_package
 from dinoexport.targets.coreml.precision import half_before
 
+_UNWANTED_PASSES = ("common::fuse_elementwise_to_batchnorm",)
+"""It writes γx + β as a batch_norm of mean 0, variance 1 and ε 1e-5, which divides by √1.00001:
+behind each GroupNorm that left 106 dB."""
+
 _TARGETS = {
     16: ct.target.iOS16,
     17: ct.target.iOS17,
@@ -40,6 +44,8 @@ def lower(
         else ct.precision.FLOAT32
     )
     height, width = program.image_size
+    passes = ct.PassPipeline.DEFAULT
+    passes.remove_passes(_UNWANTED_PASSES)
     try:
         model: Any = ct.convert(
             program.program,
@@ -49,9 +55,13 @@ def lower(
                 )
                 for name in program.input_names
             ],
-            outputs=[ct.TensorType(name=name, dtype=np.float32) for name in program.output_names],
+            outputs=[
+                ct.TensorType(name=name, dtype=dtype)
+                for name, dtype in zip(program.output_names, _output_dtypes(program), strict=True)
+            ],
             minimum_deployment_target=_TARGETS[options.minimum_ios],
             compute_precision=precision,
+            pass_pipeline=passes,
             compute_units=ct.ComputeUnit.ALL,
             skip_model_load=True,
         )
@@ -69,6 +79,13 @@ def lower(
         model.user_defined_metadata[key] = value
     model.save(str(path))
     normalise_package(path)
+
+
+def _output_dtypes(program: CapturedProgram) -> list[type]:
+    """float32 or int32 per output, as the program has it; unasked, an fp16 build gives half."""
+    values = {node.name: node.meta.get("val") for node in program.program.graph.nodes}
+    outputs = [spec.arg.name for spec in program.program.graph_signature.output_specs]
+    return [np.float32 if values[o].is_floating_point() else np.int32 for o in outputs]
 
 
 def _texts(metadata: Mapping[str, str], prefix: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dinoexport.errors import BundleError, ParityError
-from dinoexport.targets.base import RunResult, Runtime
+from dinoexport.targets.base import RunResult, Runtime, plain
 from dinoexport.targets.coreml.evaluator import PackageEvaluator
 
 
@@ -57,8 +57,7 @@ class EvaluatorRuntime(Runtime):
         taps = {
             tap: np.asarray(result.values[name], np.float32) for tap, name in self._taps.items()
         }
-        outputs = {n: np.asarray(v, np.float32) for n, v in result.outputs.items()}
-        return RunResult(outputs, taps)
+        return RunResult({n: plain(v) for n, v in result.outputs.items()}, taps)
 
 
 class CoremlRuntime(Runtime):
@@ -77,4 +76,4 @@ class CoremlRuntime(Runtime):
     def run(self, images: Mapping[str, np.ndarray]) -> RunResult:
         """See Runtime.run."""
         values = self._model.predict({n: Image.fromarray(i) for n, i in images.items()})
-        return RunResult({n: np.asarray(v, np.float32) for n, v in values.items()}, {})
+        return RunResult({n: plain(v) for n, v in values.items()}, {})

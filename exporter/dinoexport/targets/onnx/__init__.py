@@ -54,7 +54,7 @@ class OnnxTarget(Target):
         return gelu_forms(load(path))
 
     def norm_epsilons(self, path: Path) -> list[float]:
-        """Read the ``epsilon`` attribute of each LayerNormalization."""
+        """Read the ``epsilon`` attribute of each normalisation."""
         from dinoexport.targets.onnx.runtime import load, norm_epsilons
 
         return norm_epsilons(load(path))

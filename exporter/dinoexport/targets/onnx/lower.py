@@ -6,6 +6,7 @@ from pathlib import Path
 import onnx
 import torch
 from onnx import ModelProto, NodeProto
+from torch.export import ExportedProgram
 
 from dinoexport.errors import BuildError
 from dinoexport.graph.capture import CapturedProgram
@@ -14,17 +15,27 @@ from dinoexport.targets.adaptor import NhwcAdaptor
 OPSET = 20
 """The first opset with a Gelu operator; 18 was measured 7 % slower (it spells GELU out)."""
 
+_CHECKS = (torch.ops.aten._assert_tensor_metadata.default,)
+"""Nodes that compute nothing, which each export adds where it likes."""
+
 
 def lower(program: CapturedProgram) -> ModelProto:
     """Convert the captured program behind a uint8 NHWC adaptor.
+
+    Values have the names of the captured nodes that they come from.
 
     Raises:
         BuildError: the exporter cannot express an operation.
     """
     adaptor = NhwcAdaptor(program.program, program.input_names, program.output_names)
+    with torch.no_grad():
+        whole = torch.export.export(adaptor, (), kwargs=program.sample_inputs())
+        # As the captured program was, so that casts are spelled alike.
+        whole = whole.run_decompositions({})
+    names = _captured_names(program, whole)
     try:
         exported = torch.onnx.export(
-            adaptor,
+            whole,
             (),
             kwargs=program.sample_inputs(),
             dynamo=True,
@@ -41,7 +52,41 @@ def lower(program: CapturedProgram) -> ModelProto:
         raise BuildError("onnx: the exporter returned nothing")
     model = exported.model_proto
     _strip_traces_(model)
+    _rename_values_(model, names)
     return model
+
+
+def _captured_names(program: CapturedProgram, whole: ExportedProgram) -> dict[str, str]:
+    """Return {node behind the adaptor: node of the captured program}, where these differ.
+
+    The adaptor's own cast and transposition come first and take names of their kind, such as
+    ``_to_copy``; each later node of that kind is counted on from there.
+
+    Raises:
+        BuildError: the captured program is not what follows the adaptor.
+    """
+    inner, outer = (
+        [n for n in p.graph.nodes if n.op == "call_function" and n.target not in _CHECKS]
+        for p in (program.program, whole)
+    )
+    first = len(outer) - len(inner)
+    if first < 0 or [n.target for n in outer[first:]] != [n.target for n in inner]:
+        raise BuildError(
+            "onnx: the graph behind the adaptor is not the captured one, so its values cannot be "
+            "named. Please report the checkpoint's configuration."
+        )
+    names = {node.name: f"adaptor_{node.name}" for node in outer[:first]}
+    names |= {a.name: b.name for a, b in zip(outer[first:], inner, strict=True)}
+    return {old: new for old, new in names.items() if old != new}
+
+
+def _rename_values_(model: ModelProto, names: Mapping[str, str]) -> None:
+    """Rename values in place; inputs, outputs and weights keep their names."""
+    for node in model.graph.node:
+        for places in (node.input, node.output):
+            places[:] = [names.get(name, name) for name in places]
+    for value in model.graph.value_info:
+        value.name = names.get(value.name, value.name)
 
 
 def _strip_traces_(model: ModelProto) -> None:

@@ -1,6 +1,7 @@
 """Half precision for ONNX, and its inverse for the structural gate.
 
-The decoder stays in float32: half precision holds whole numbers only to 2048.
+The decoder stays in float32: half precision holds whole numbers only to 2048. So do the means and
+variances of group normalisations, for squares of activations above 256 pass its range.
 """
 
 from collections.abc import Collection
@@ -9,9 +10,13 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
+FLOAT_KINDS = frozenset({"InstanceNormalization"})
+"""Operators that stay in float32 wherever they stand; a GroupNorm is written as one of these."""
+
 
 def to_half_precision_(model: ModelProto, float_nodes: Collection[str]) -> None:
-    """Store weights and compute activations in float16, except what produces ``float_nodes``.
+    """Store weights and compute activations in float16, except what produces ``float_nodes``, what
+    reads them, and ``FLOAT_KINDS``.
 
     A value that crosses the border is cast; model outputs stay float32.
 
@@ -22,10 +27,12 @@ def to_half_precision_(model: ModelProto, float_nodes: Collection[str]) -> None:
     graph = model.graph
     outputs = {value.name for value in graph.output}
     kept = _kept_nodes(graph.node, set(float_nodes) | outputs)
+    alone = {i for i, node in enumerate(graph.node) if node.op_type in FLOAT_KINDS} - kept
+    in_float = kept | alone
     readers: dict[str, set[bool]] = {}
     for index, node in enumerate(graph.node):
         for name in node.input:
-            readers.setdefault(name, set()).add(index in kept)
+            readers.setdefault(name, set()).add(index in in_float)
 
     for tensor in list(graph.initializer):
         if tensor.data_type != TensorProto.FLOAT or True not in readers.get(tensor.name, {False}):
@@ -40,14 +47,14 @@ def to_half_precision_(model: ModelProto, float_nodes: Collection[str]) -> None:
             _convert_tensor_(half, np.float16)
             graph.initializer.append(half)
             for index, node in enumerate(graph.node):
-                if index not in kept:
+                if index not in in_float:
                     _rename_input_(node, tensor.name, half.name)
 
     half_values: set[str] = set()
     nodes: list[NodeProto] = []
     casts: dict[str, str] = {}
     for index, node in enumerate(graph.node):
-        if index not in kept:
+        if index not in in_float:
             _retarget_casts_(node, TensorProto.FLOAT, TensorProto.FLOAT16)
             half_values.update(node.output)
             nodes.append(node)
@@ -62,7 +69,22 @@ def to_half_precision_(model: ModelProto, float_nodes: Collection[str]) -> None:
                 )
             _rename_input_(node, name, casts[name])
         nodes.append(node)
+        if index in alone:
+            half_values.update(node.output)
+            nodes += _cast_after_(node)
     _replace_nodes_(model, nodes)
+
+
+def _cast_after_(node: NodeProto) -> list[NodeProto]:
+    """Rename the outputs of a node in place, and return casts that give the old names in half."""
+    casts = []
+    for place, name in enumerate(node.output):
+        wide = f"{name}_wide"
+        casts.append(
+            onnx.helper.make_node("Cast", [wide], [name], f"cast_{wide}", to=TensorProto.FLOAT16)
+        )
+        node.output[place] = wide
+    return casts
 
 
 def to_exact_precision_(model: ModelProto) -> None:

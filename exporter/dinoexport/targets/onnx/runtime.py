@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto
 
 from dinoexport.errors import BundleError
-from dinoexport.targets.base import RunResult, Runtime
+from dinoexport.targets.base import RunResult, Runtime, plain
 from dinoexport.targets.onnx.quantize import to_exact_precision_
 
 
@@ -41,11 +41,14 @@ def gelu_forms(model: ModelProto) -> set[str]:
 
 
 def norm_epsilons(model: ModelProto) -> list[float]:
-    """Return the epsilon of each LayerNormalization, in running order."""
+    """Return the epsilon of each normalisation, in running order.
+
+    A GroupNorm is written as InstanceNormalization of its reshaped groups.
+    """
     found = []
     for node in model.graph.node:
-        if node.op_type == "LayerNormalization":
-            # The operator's own default, which exporters leave out.
+        if node.op_type in ("LayerNormalization", "InstanceNormalization"):
+            # The operators' own default, which exporters leave out.
             found.append(next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5))
     return found
 
@@ -86,7 +89,7 @@ class OnnxRuntime(Runtime):
         values = dict(zip(names, self._session.run(names, feeds), strict=True))
         taps = {tap: np.asarray(values[v], np.float32) for tap, v in self._taps.items()}
         inner = set(self._taps.values())
-        outputs = {n: np.asarray(v, np.float32) for n, v in values.items() if n not in inner}
+        outputs = {n: plain(v) for n, v in values.items() if n not in inner}
         return RunResult(outputs, taps)
 
 

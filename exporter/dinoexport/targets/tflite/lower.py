@@ -1,5 +1,6 @@
 """Captured program → TFLite flatbuffer by litert-torch; where its taps are; its metadata."""
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from torch.export import ExportedProgram
 from dinoexport.errors import BuildError
 from dinoexport.graph.capture import CapturedProgram
 from dinoexport.targets.adaptor import NhwcAdaptor
-from dinoexport.targets.tflite.runtime import TfliteRuntime
+from dinoexport.targets.tflite.runtime import CHANNELS_LAST, TfliteRuntime
 
 IDENTIFIER = b"TFL3"
 MAX_BYTES = 2**31 - 2**20
@@ -67,8 +68,11 @@ def locate_taps(content: bytes, program: CapturedProgram) -> dict[str, str]:
     """Find each tap's tensor in the file that ships.
 
     The converter drops node names, so a debug file is converted from the same graph with the taps
-    as outputs. A tap is the k-th result of its operator type there; the k-th one in the shipped
-    file is taken for it if, on a random image, both hold the same bits.
+    as outputs. A tap is the first tensor of the shipped file that, on random images, holds the same
+    bits, in the same order or as the channels-last form of a map.
+
+    Returns:
+        {tap: name of its tensor}, behind ``CHANNELS_LAST`` where it is such a form.
 
     Raises:
         BuildError: a tap cannot be found so; or the two files hold other weights.
@@ -90,16 +94,26 @@ def locate_taps(content: bytes, program: CapturedProgram) -> dict[str, str]:
     }
     shipped.run(images)
     debug_values = debug.run(images).outputs
+    found: dict[bytes, int] = {}
+    for index in shipped.results():
+        found.setdefault(_bits(shipped.tensor(index)), index)
     places = {}
     for tap in program.tap_nodes:
-        kind, ordinal = debug.ordinal_of(debug.output_index(tap))
-        index = shipped.result_of(kind, ordinal)
-        if index is None or not np.array_equal(shipped.tensor(index), debug_values[tap]):
-            raise BuildError(
-                f"tflite: tap {tap} ({kind} number {ordinal}) is not in the shipped file"
-            )
-        places[tap] = shipped.name_of(index)
+        value = debug_values[tap]
+        index = found.get(_bits(value))
+        mark = ""
+        if index is None and value.ndim == 4:
+            index = found.get(_bits(value.transpose(0, 2, 3, 1)))
+            mark = CHANNELS_LAST
+        if index is None:
+            raise BuildError(f"tflite: tap {tap} is not in the shipped file")
+        places[tap] = mark + shipped.name_of(index)
     return places
+
+
+def _bits(value: np.ndarray) -> bytes:
+    """Digest of a tensor's values in their order, whatever its shape."""
+    return hashlib.sha256(np.ascontiguousarray(value).tobytes()).digest()
 
 
 def weights_of(content: bytes) -> list[bytes]:

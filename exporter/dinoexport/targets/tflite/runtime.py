@@ -12,7 +12,10 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from dinoexport.errors import BundleError
-from dinoexport.targets.base import RunResult, Runtime
+from dinoexport.targets.base import RunResult, Runtime, plain
+
+CHANNELS_LAST = "channels-last:"
+"""Before a tap's tensor name: it holds (B, H, W, C) where the reference has (B, C, H, W)."""
 
 
 class TfliteRuntime(Runtime):
@@ -53,35 +56,34 @@ class TfliteRuntime(Runtime):
                 f"{path}: LiteRT cannot load it: {reason}. Build it again."
             ) from error
         names = {d["name"]: d["index"] for d in self._interpreter.get_tensor_details()}
-        missing = [name for name in taps.values() if name not in names]
+        places = {tap: name.removeprefix(CHANNELS_LAST) for tap, name in taps.items()}
+        missing = [name for name in places.values() if name not in names]
         if missing:
             raise BundleError(
                 f"{path}: tensor {missing[0]}, named in the manifest as a tap, is not in the file. "
                 "It is not the one that was built; build it again."
             )
-        self._taps = {tap: names[name] for tap, name in taps.items()}
+        self._taps = {tap: names[name] for tap, name in places.items()}
+        self._last = {tap for tap, name in taps.items() if name.startswith(CHANNELS_LAST)}
         # A signature gives its outputs by alphabet; apps that count them see the file's order.
-        places = [d["index"] for d in self._interpreter.get_output_details()]
+        order = [d["index"] for d in self._interpreter.get_output_details()]
         details = self._runner.get_output_details()
-        self._order = sorted(details, key=lambda name: places.index(details[name]["index"]))
+        self._order = sorted(details, key=lambda name: order.index(details[name]["index"]))
 
     def run(self, images: Mapping[str, np.ndarray]) -> RunResult:
         """See Runtime.run."""
         outputs = self._runner(**{name: image[np.newaxis] for name, image in images.items()})
-        taps = {
-            tap: np.array(self._interpreter.get_tensor(index), np.float32)
-            for tap, index in self._taps.items()
-        }
-        return RunResult({n: np.array(outputs[n], np.float32) for n in self._order}, taps)
+        taps = {tap: self._tap(tap, index) for tap, index in self._taps.items()}
+        return RunResult({n: plain(outputs[n]).copy() for n in self._order}, taps)
 
     def count_operations(self) -> dict[str, int]:
         """Operators by type, without the delegate's own."""
         kinds = Counter(kind for kind, _ in self._results() if kind != "DELEGATE")
         return dict(kinds.most_common())
 
-    def output_index(self, name: str) -> int:
-        """Tensor index of a signature output."""
-        return self._runner.get_output_details()[name]["index"]
+    def _tap(self, tap: str, index: int) -> np.ndarray:
+        value = np.array(self._interpreter.get_tensor(index), np.float32)
+        return value.transpose(0, 3, 1, 2) if tap in self._last else value
 
     def tensor(self, index: int) -> np.ndarray:
         """Value of a tensor after a run with ``keep_all``."""
@@ -99,19 +101,9 @@ class TfliteRuntime(Runtime):
             raise BundleError(f"tflite: tensor name {name} is not unique, so it locates no tap")
         return name
 
-    def ordinal_of(self, index: int) -> tuple[str, int]:
-        """Operator type that gives a tensor, and which of its type it is in order."""
-        seen: Counter[str] = Counter()
-        for kind, results in self._results():
-            if index in results:
-                return kind, seen[kind]
-            seen[kind] += 1
-        raise BundleError(f"tflite: tensor {index} is no operator's result")
-
-    def result_of(self, kind: str, ordinal: int) -> int | None:
-        """Tensor index of the first result of the ``ordinal``-th operator of a type."""
-        found = [results for k, results in self._results() if k == kind]
-        return int(found[ordinal][0]) if ordinal < len(found) else None
+    def results(self) -> list[int]:
+        """Tensor indices of all operators' results, in running order."""
+        return [index for _, results in self._results() for index in results]
 
     def _results(self) -> list[tuple[str, list[int]]]:
         return [
@@ -136,9 +128,10 @@ def gelu_forms(path: Path) -> set[str]:
 
 
 def norm_epsilons(path: Path) -> list[float]:
-    """Return the epsilon of each LayerNorm, in running order.
+    """Return the epsilon of each LayerNorm and GroupNorm, in running order.
 
-    TFLite has no such operator: the converter writes rsqrt(variance + epsilon) and no other RSQRT.
+    TFLite has no such operators: the converter writes rsqrt(variance + epsilon) and no other RSQRT,
+    for a GroupNorm with a RESHAPE in between.
 
     Raises:
         BundleError: it is no flatbuffer, or an RSQRT reads no such sum.
@@ -150,7 +143,10 @@ def norm_epsilons(path: Path) -> list[float]:
         for operator in graph.operators:
             if _kind(model, operator) != schema.BuiltinOperator.RSQRT:
                 continue
-            sources = [int(i) for i in producers[int(operator.inputs[0])].inputs]
+            source = producers[int(operator.inputs[0])]
+            while _kind(model, source) == schema.BuiltinOperator.RESHAPE:
+                source = producers[int(source.inputs[0])]
+            sources = [int(i) for i in source.inputs]
             constants = [i for i in sources if i not in producers]
             if len(constants) != 1:
                 raise BundleError(f"{path}: an RSQRT follows no sum with a constant")

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinotrain.data.mask_dataset import stratified_splits
+from dinotrain.data.dataset import stratified_splits
 from dinotrain.data.synthetic.flaws import CLASSES, DUST, RUNDOWN, SCRATCH, lay_flaws
 from dinotrain.data.synthetic.folder import claim, replace, save_png
 from dinotrain.data.synthetic.light import draw_shot, expose, exposure, shine
