@@ -127,6 +127,16 @@ def test_scalar_decodes_a_z_score():
     assert found.tolist() == [[4.0, 3.0, 14.0]]
 
 
+def test_a_gaussian_decodes_to_its_mean():
+    decoder = Decoder(Encoding(kind="gaussian"), LOW, SPAN)
+    decoder.mean.copy_(torch.tensor([3.0, 5.0, 12.0]))
+    decoder.std.copy_(torch.tensor([1.0, 2.0, 4.0]))
+    found = decoder(torch.tensor([[[1.0, 7.0], [-1.0, 0.0], [0.5, -9.0]]]))
+    assert found.tolist() == [[4.0, 3.0, 14.0]]
+    with pytest.raises(UsageError, match="gaussian encoding has no bits"):
+        encode(torch.zeros(1, 3), torch.zeros(3), torch.ones(3), decoder.encoding)
+
+
 @pytest.mark.parametrize("bits", [0, 25])
 def test_bits_outside_float32_are_refused(bits):
     with pytest.raises(UsageError, match=f"{bits} bits"):
@@ -292,7 +302,7 @@ def test_cliffs_are_as_high_as_published(kind, decoding, worst, rmse):
 
 
 @pytest.mark.parametrize("decoding", ["soft", "hard"])
-@pytest.mark.parametrize("kind", [*CODES, "scalar"])
+@pytest.mark.parametrize("kind", [*CODES, "scalar", "gaussian"])
 def test_decoding_exports(kind, decoding):
     decoder = Decoder(Encoding(kind=kind, bits=6, decoding=decoding), LOW, SPAN).eval()
     width = decoder.encoding.width
@@ -304,7 +314,7 @@ def test_decoding_exports(kind, decoding):
     torch.testing.assert_close(program.module()(logits), decoder(logits), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["plain", "gray", "scalar"])
+@pytest.mark.parametrize("kind", ["plain", "gray", "scalar", "gaussian"])
 def test_short_codes_keep_what_checkpoints_hold(kind):
     decoder = Decoder(Encoding(kind=kind, bits=3), LOW, SPAN)
     assert list(decoder.state_dict()) == ["mean", "std"]

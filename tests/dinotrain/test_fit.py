@@ -123,6 +123,32 @@ def test_it_learns_what_the_features_hold(config):
         assert metrics[name]["mae_mm"] < 0.9 * metrics[name]["mean_predictor"]["mae_mm"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [
+        ("plain", "bce"),
+        ("thermometer", "focal"),
+        ("johnson", "bce"),
+        ("scalar", "focal_r"),
+        ("gaussian", "nll"),
+    ],
+)
+def test_it_learns_in_every_encoding(config, kind, loss):
+    config = change(
+        config,
+        encoding=Encoding(kind=kind, bits=5),
+        loss=loss,
+        epochs=100,
+        patience=100,
+        lr=5e-3,
+        input_drop=0.0,
+    )
+    found = read_config(train(config))
+    assert found.training["loss"] == loss
+    row = found.metrics["val"]["mrd1_mm"]
+    assert row["mae_mm"] < 0.95 * row["mean_predictor"]["mae_mm"]
+
+
 @pytest.mark.parametrize("kind", ["plain", "gray"])
 @pytest.mark.parametrize("head", ["linear", "ensemble"])
 def test_a_head_starts_at_the_mean_of_the_labels(config, tiny_eyes, tiny_backbone, kind, head):
@@ -401,6 +427,9 @@ def test_an_image_size_that_patches_do_not_tile(config):
         ({"epochs": 0}, "epochs is 0"),
         ({"batch_size": -1}, "batch_size is -1"),
         ({"gamma": -1.0}, "gamma is -1.0"),
+        ({"focal_r_beta": -1.0}, "focal_r_beta is -1.0"),
+        ({"coverage": 1.0}, "coverage is 1.0"),
+        ({"coverage": float("nan")}, "coverage is nan"),
         ({"input_drop": 1.0}, "input_drop is 1.0"),
         ({"bit_rho": 0.0}, "bit_rho is 0.0"),
     ],
@@ -417,6 +446,7 @@ def test_choices_that_cannot_train(config, fields, message):
         ({"loss": "mse"}, "does not fit encoding 'gray'"),
         ({"loss": "bce", "encoding": Encoding(kind="scalar")}, "does not fit encoding 'scalar'"),
         ({"loss": "cross_entropy"}, "accepted: bce, focal"),
+        ({"orthogonality": "so", "head": HeadConfig(kind="linear")}, "head 'linear' has none"),
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dinotrain.backbones.convnets.config import CONVNETS
 from dinotrain.backbones.convnets.table import build_convnet
 from dinotrain.backbones.vit import VisionTransformer, ViTConfig, init_weights_
-from dinotrain.errors import UsageError
+from dinotrain.errors import ShapeError, UsageError
 from dinotrain.heads.branch import BranchHead, BranchSpec, HeadConfig, HeadKind
 from dinotrain.heads.build import accepted_features, choose_features
 from dinotrain.heads.pool import ClsParts, ClsPool, FeatureConfig, build_pool, mean_of_quarters
@@ -50,6 +50,29 @@ def test_members_differ_and_output_weights_are_rows_per_target():
     assert [tuple(w.shape) for w in weights] == [(2, 8, 5), (1, 8, 5)] * 2
     assert not torch.equal(weights[0], weights[2])
     assert torch.equal(weights[0][1], head.members[0]["mrd"][-1].weight[8:])
+
+
+def test_output_biases_are_those_of_every_member():
+    head = BranchHead(BRANCHES, 2, HeadConfig(kind="ensemble", hidden=5, members=2)).eval()
+    bias = torch.arange(6.0).reshape(3, 2)
+    head.set_output_bias_(bias)
+    for weight in head.output_weights():
+        weight.data.zero_()
+    vectors = {"mrd": torch.randn(4, 6), "lf": torch.randn(4, 9)}
+    assert torch.equal(head(vectors), bias.expand(4, 2, 3, 2))
+    with pytest.raises(ShapeError, match=r"shape \(2, 3\).*3 targets of 2 logits each"):
+        head.set_output_bias_(bias.T)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"), [("probe", 0), ("linear", 0), ("mlp", 2), ("ensemble", 6)]
+)
+def test_hidden_weights_are_all_before_the_output(kind, count):
+    head = BranchHead(BRANCHES, 2, HeadConfig(kind=kind, hidden=5, members=3))
+    hidden = head.hidden_weights()
+    assert [tuple(w.shape) for w in hidden] == [(5, 6), (5, 9)] * (count // 2)
+    known = {id(p) for p in head.parameters()}
+    assert all(id(w) in known for w in hidden)
 
 
 def test_an_ensemble_of_one_is_refused():

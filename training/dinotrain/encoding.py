@@ -1,9 +1,10 @@
-"""Binary codes between millimetres and bit logits: what a head learns, and how it is read back.
+"""Between millimetres and logits: what a head learns of a value, and how it is read back.
 
-A value is scaled into [0, 1) and cut to ``bits`` binary digits, which number its level. The level
-is written as plain binary or Gray code, most significant bit first, or as a thermometer or Johnson
-code, which spend more bits to keep neighbours one bit apart. Decoding runs in float32 with
-fractional weights, because half precision holds whole numbers only to 2048. Source: METHODS B4.
+A code scales a value into [0, 1) and cuts it to ``bits`` binary digits, which number its level. The
+level is written as plain binary or Gray code, most significant bit first, or as a thermometer or
+Johnson code, which spend more bits to keep neighbours one bit apart. Decoding runs in float32 with
+fractional weights, because half precision holds whole numbers only to 2048. Beside the codes stand
+z-scores, alone or with their variance. Source: METHODS B4, B6.
 """
 
 from typing import Literal
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dinotrain.errors import ShapeError, UsageError
+from dinotrain.heads.gaussian import WIDTH as GAUSSIAN_WIDTH
 
 MAX_BITS = 24
 MAX_MATRIX_BITS = 10
@@ -20,17 +22,22 @@ MAX_MATRIX_BITS = 10
 levels of 1/64 mm in a range of 16 mm, far below the noise of any label."""
 
 CODE_MATRIX_KINDS = ("thermometer", "johnson")
+Z_SCORE_KINDS = ("scalar", "gaussian")
+"""Written as numbers that the training labels' mean and standard deviation scale."""
+
+EncodingKind = Literal["plain", "gray", "thermometer", "johnson", "scalar", "gaussian"]
 
 
 class Encoding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How one target is written: ``scalar`` is one z-scored number, a code has 2^bits levels.
+    """How one target is written: as a code of 2^bits levels, or as a z-score.
 
     Plain and Gray codes are ``bits`` logits wide, a Johnson code levels / 2, a thermometer
     levels − 1. A Johnson code is a ring: its first and last level are neighbours too, so keep
-    values away from the ends of the range.
+    values away from the ends of the range. ``scalar`` is a z-score, ``gaussian`` a z-score and the
+    logarithm of its variance.
     """
 
-    kind: Literal["plain", "gray", "thermometer", "johnson", "scalar"] = "gray"
+    kind: EncodingKind = "gray"
     bits: int = 8
     decoding: Literal["soft", "hard"] = "soft"
 
@@ -52,7 +59,12 @@ class Encoding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     @property
     def width(self) -> int:
         """Logits per target."""
-        widths = {"scalar": 1, "thermometer": self.levels - 1, "johnson": self.levels // 2}
+        widths = {
+            "scalar": 1,
+            "gaussian": GAUSSIAN_WIDTH,
+            "thermometer": self.levels - 1,
+            "johnson": self.levels // 2,
+        }
         return widths.get(self.kind, self.bits)
 
 
@@ -63,7 +75,7 @@ def encode(values: Tensor, low: Tensor, span: Tensor, encoding: Encoding) -> Ten
         values: (..., targets), in the targets' units; clipped into their ranges.
         low: (targets,), lower end of each range.
         span: (targets,), width of each range.
-        encoding: any but scalar.
+        encoding: a code, so neither scalar nor gaussian.
 
     Returns:
         (..., targets, width), float32, 0 or 1. Plain and Gray: most significant bit first.
@@ -72,8 +84,8 @@ def encode(values: Tensor, low: Tensor, span: Tensor, encoding: Encoding) -> Ten
 
     Source: METHODS B4.
     """
-    if encoding.kind == "scalar":
-        raise UsageError("a scalar encoding has no bits; use plain or gray")
+    if encoding.kind in Z_SCORE_KINDS:
+        raise UsageError(f"a {encoding.kind} encoding has no bits; use plain or gray")
     levels = encoding.levels
     # float64: at 24 bits a float32 product would round across a level.
     unit = (values.double() - low.double()) / span.double()
@@ -121,7 +133,7 @@ class Decoder(nn.Module):
         low: lower end of each target's range.
         span: width of each target's range.
 
-    The buffers ``mean`` and ``std`` belong to the scalar encoding and are set when training starts.
+    The buffers ``mean`` and ``std`` belong to z-scores and are set when training starts.
     Source: METHODS B4.
     """
 
@@ -155,7 +167,7 @@ class Decoder(nn.Module):
             logits: (..., targets, width), in the order of ``encode``.
 
         Returns:
-            (..., targets), float32, in the targets' units.
+            (..., targets), float32, in the targets' units; of a Gaussian its mean.
 
         Raises:
             ShapeError: the last axis is not the encoding's width.
@@ -166,7 +178,7 @@ class Decoder(nn.Module):
                 f"{self.encoding.width}"
             )
         logits = logits.float()
-        if self.encoding.kind == "scalar":
+        if self.encoding.kind in Z_SCORE_KINDS:
             return self.mean + self.std * logits[..., 0]
         half_level = 0.5 ** (self.encoding.bits + 1)
         if self.encoding.kind not in CODE_MATRIX_KINDS:

@@ -5,6 +5,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
@@ -50,6 +51,7 @@ def write_model(
         parts = [model.pool, model.head, model.placeholders, model.decoder]
         for part in [*parts, model.backbone] if live else parts:
             round_to_half_(part)
+    unsure = add_intervals_(config, model, dataset, source)
     reference = dataset.split("train").labels(model.task.label_names(dataset.classes))
     judged = {
         name: _judge(model, source, part, reference, live)
@@ -73,6 +75,7 @@ def write_model(
         | {
             "baseline": objective.baseline(reference),
             "label_step": dataset.label_step(),
+            "no_intervals": unsure,
         }
         | log,
         versions=_versions(),
@@ -84,12 +87,34 @@ def write_model(
     return config.out
 
 
+def add_intervals_(config: TrainConfig, model: TaskModel, dataset: Dataset, source: Source) -> str:
+    """Give a model intervals that hold on the validation samples, in place.
+
+    Returns:
+        Why there are none, or nothing.
+    """
+    part = dataset.split("val")
+    if not config.coverage or not part.samples:
+        return "no validation samples to calibrate on" if config.coverage else "not asked for"
+    predicted = predict(model, source, part.samples, config.mode == "finetune")
+    true = model.task.truth(part.samples, part.image_size)
+    subjects = [sample.subject_id for sample in part.samples]
+    intervals, reason = model.task.calibrate(predicted, true, subjects, config.coverage)
+    if intervals is not None:
+        model.config = msgspec.structs.replace(model.config, intervals=intervals)
+        decoder = model.task.build_decoder(model.config).to(model.pixel_mean.device)
+        decoder.load_state_dict(model.decoder.state_dict())
+        model.decoder = decoder
+    return reason
+
+
 def _judge(
     model: TaskModel, source: Source, part: Dataset, reference: Values, live: bool
 ) -> JudgedSplit:
     predicted = predict(model, source, part.samples, live)
     true = model.task.truth(part.samples, part.image_size)
-    metrics = model.task.evaluate(predicted, true, reference, part.classes)
+    subjects = [sample.subject_id for sample in part.samples]
+    metrics = model.task.evaluate(predicted, true, reference, part.classes, subjects)
     return JudgedSplit(part, predicted, true, metrics)
 
 

@@ -186,6 +186,8 @@ def evaluate(
     reference = np.array([[baseline.get(name, math.nan) for name in names]])
     predicted = predict(model, store, chosen.samples)
     true = model.task.truth(chosen.samples, config.image_size)
+    subjects = [sample.subject_id for sample in chosen.samples]
+    targets = model.task.evaluate(predicted, true, reference, config.classes, subjects)
     return {
         "split": split,
         "samples": len(chosen.samples),
@@ -194,7 +196,7 @@ def evaluate(
         "synthetic": chosen.synthetic,
         "dataset_fingerprint": dataset.fingerprint,
         "seen_in_training": dataset.fingerprint == config.dataset_fingerprint and split != "test",
-        "targets": model.task.evaluate(predicted, true, reference, config.classes),
+        "targets": targets,
     }
 
 

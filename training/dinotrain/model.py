@@ -12,6 +12,7 @@ from dinotrain.backbones.loading import BackboneConfig, build_backbone, check_im
 from dinotrain.encoding import Encoding
 from dinotrain.heads.branch import HeadConfig
 from dinotrain.heads.pool import FeatureConfig, Features, build_pool
+from dinotrain.intervals import Intervals
 from dinotrain.tasks import get_task
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -29,6 +30,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     encoding: Encoding = Encoding()
     classes: tuple[str, ...] = ()
     """Names of the classes, where the task has classes."""
+    intervals: Intervals | None = None
+    """Constants of the intervals around measured values, where they were calibrated."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
@@ -59,6 +62,13 @@ class TaskModel(nn.Module):
         self.register_buffer(
             "pixel_std", torch.tensor(config.std).reshape(1, 3, 1, 1), persistent=False
         )
+
+    def set_intervals_(self, intervals: Intervals | None) -> None:
+        """Give the outputs intervals, or take them away, in place; all weights stay."""
+        self.config = msgspec.structs.replace(self.config, intervals=intervals)
+        decoder = self.task.build_decoder(self.config)
+        decoder.load_state_dict(self.decoder.state_dict())
+        self.decoder = decoder.to(self.pixel_mean.device).train(self.training)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W), 0..255 → float32, ImageNet-normalised."""

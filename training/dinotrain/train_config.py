@@ -9,6 +9,9 @@ from dinotrain.encoding import Encoding
 from dinotrain.errors import UsageError
 from dinotrain.heads.branch import HeadConfig
 from dinotrain.heads.pool import FeatureConfig
+from dinotrain.losses.regression import FOCAL_BETA
+
+LossName = Literal["bce", "focal", "mse", "focal_r", "nll", "cross_entropy", "dice_focal"]
 
 _COUNTS = (
     "batch_size",
@@ -21,6 +24,7 @@ _COUNTS = (
 )
 _AMOUNTS = (
     "gamma",
+    "focal_r_beta",
     "or_lambda",
     "weight_decay",
     "seed",
@@ -69,14 +73,21 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     mode: Literal["frozen", "finetune"] = "frozen"
     """Frozen: features are computed once. Fine-tuned: the backbone trains too."""
     encoding: Encoding = Encoding()
-    loss: Literal["", "bce", "focal", "mse", "cross_entropy", "dice_focal"] = ""
+    loss: LossName | Literal[""] = ""
     """Nothing takes the task's own."""
     gamma: float = 2.0
-    """Counts for ``focal`` only."""
+    """Counts for ``focal`` and ``focal_r`` only."""
+    focal_r_beta: float = FOCAL_BETA
+    """How soon ``focal_r`` takes an error for large."""
     bit_rho: float = 1.0
-    """Weight of each bit over the one before it."""
+    """Weight of each bit over the one before it; plain and Gray codes only."""
+    orthogonality: Literal["task", "so", "grad", "none"] = "task"
+    """``task`` keeps the output weights of targets apart, ``so`` makes hidden layers orthogonal;
+    ``grad`` is reported and not trained on."""
     or_lambda: float = 0.1
-    """Weight of the orthogonality between targets; 0 is off."""
+    """Weight of the orthogonality; 0 is off."""
+    coverage: float = 0.9
+    """How often the intervals around measured values hold; 0 makes none."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """sgd has momentum 0.9."""
     lr: float = 1e-3
@@ -150,6 +161,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             raise UsageError(f"min_lr is {self.min_lr}, above lr {self.lr}")
         if not 0 <= self.input_drop < 1:
             raise UsageError(f"input_drop is {self.input_drop}; 0 up to below 1 is accepted")
+        if not 0 <= self.coverage < 1:
+            raise UsageError(f"coverage is {self.coverage}; 0 (none) up to below 1 is accepted")
         if not 0 < self.bit_rho <= 1:
             raise UsageError(f"bit_rho is {self.bit_rho}; above 0 up to 1 is accepted")
         if self.out.suffix != ".safetensors":

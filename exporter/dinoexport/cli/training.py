@@ -141,19 +141,26 @@ def train(
     tap_norm: Annotated[
         str, typer.Option(help="none, final or own_ln; what suits the head if left out.")
     ] = "",
-    encoding: Annotated[str, typer.Option(help="plain, gray or scalar.")] = "gray",
+    encoding: Annotated[
+        str, typer.Option(help="plain, gray, thermometer, johnson, scalar or gaussian.")
+    ] = "gray",
     bits: Annotated[int, typer.Option(help="Bits per target, 1 to 24.")] = 8,
     decoding: Annotated[str, typer.Option(help="soft or hard.")] = "soft",
     loss: Annotated[
         str,
         typer.Option(
-            help="bce, focal, mse for scalar, cross_entropy for classes; the task's if left out."
+            help="bce, focal; mse, focal_r for scalar; nll for gaussian; cross_entropy for "
+            "classes; the task's if left out."
         ),
     ] = "",
-    gamma: Annotated[float, typer.Option(help="Of the focal loss.")] = 2.0,
-    or_lambda: Annotated[
-        float, typer.Option(help="Weight of the orthogonality between targets.")
-    ] = 0.1,
+    gamma: Annotated[float, typer.Option(help="Of the focal losses.")] = 2.0,
+    orthogonality: Annotated[
+        str, typer.Option(help="task, so, grad (reported only) or none.")
+    ] = "task",
+    or_lambda: Annotated[float, typer.Option(help="Weight of the orthogonality.")] = 0.1,
+    coverage: Annotated[
+        float, typer.Option(help="How often intervals hold for a new subject; 0 makes none.")
+    ] = 0.9,
     optimizer: Annotated[str, typer.Option(help="adam, adamw or sgd.")] = "adam",
     lr: Annotated[float, typer.Option(help="Learning rate of the head.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="For adamw.")] = 0.0,
@@ -175,14 +182,14 @@ def train(
     json: Json = False,
 ) -> None:
     """Train a head on frozen features."""
-    from dinotrain.encoding import Encoding
+    from dinotrain.encoding import Encoding, EncodingKind
     from dinotrain.fit import train as run_train
     from dinotrain.heads.branch import HeadConfig, HeadKind
-    from dinotrain.train_config import TrainConfig
+    from dinotrain.train_config import LossName, TrainConfig
 
     check_file(out, ".safetensors")
     source = _resolve_backbone(backbone)
-    encoding = one_of("encoding", encoding, ("plain", "gray", "scalar"))
+    encoding = one_of("encoding", encoding, get_args(EncodingKind))
     config = TrainConfig(
         task=task,
         data=data,
@@ -201,9 +208,11 @@ def train(
             bits=bits,
             decoding=one_of("decoding", decoding, ("soft", "hard")),
         ),
-        loss=one_of("loss", loss, ("bce", "focal", "mse", "cross_entropy")) if loss else "",
+        loss=one_of("loss", loss, get_args(LossName)) if loss else "",
         gamma=gamma,
+        orthogonality=one_of("orthogonality", orthogonality, ("task", "so", "grad", "none")),
         or_lambda=or_lambda,
+        coverage=coverage,
         optimizer=one_of("optimizer", optimizer, ("adam", "adamw", "sgd")),
         lr=lr,
         weight_decay=weight_decay,

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dinoexport.graph.deploy_heads import fold_affine
 from dinotrain.backbones.convnets.backbone import ConvNet
 from dinotrain.backbones.convnets.folding import fold_batch_norms
 from dinotrain.backbones.vit import Block, TapNorm, VisionTransformer, tokens_to_map
@@ -159,11 +160,7 @@ def fold_scales_(block: Any) -> None:
         else (block.mlp.w12, block.mlp.w3)
     )
     for name, linear in (("norm1", block.attn.qkv), ("norm2", first)):
-        norm = getattr(block, name)
-        linear.bias.add_(linear.weight @ norm.bias)
-        linear.weight.mul_(norm.weight)
-        plain = nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
-        setattr(block, name, plain)
+        setattr(block, name, fold_affine(getattr(block, name), [linear]))
     for name, linear in (("ls1", block.attn.proj), ("ls2", last)):
         scale = getattr(block, name).gamma
         linear.weight.mul_(scale[:, None])

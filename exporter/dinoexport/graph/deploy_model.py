@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dinoexport.errors import BuildError
 from dinoexport.graph.deploy_backbones import deploy_backbone
-from dinotrain.heads.query import QueryHead
+from dinoexport.graph.deploy_heads import fold_head_
 from dinotrain.model import TaskModel
 
 
@@ -32,28 +32,25 @@ class DeployModel(nn.Module):
         self.output_names = [output.name for output in model.task.outputs(model.config)]
         self.backbone = deploy_backbone(model)
         self.pool = copy.deepcopy(model.pool)
-        self.head = copy.deepcopy(model.head)
-        for module in list(self.head.modules()):
-            if isinstance(module, QueryHead):
-                module.fold_constants_()
+        self.head = fold_head_(copy.deepcopy(model.head))
         self.decoder = copy.deepcopy(model.decoder)
         self.eval().requires_grad_(False)
 
     @property
     def tap_names(self) -> list[str]:
         """Taps in the order in which they are computed."""
-        return [*self.backbone.tap_names, HEAD_TAP[self.pool.gives_vector]]
+        return [*self.backbone.tap_names, HEAD_TAP[self.pool.gives_maps]]
 
     def run(self, pixels: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Outputs and taps by name; one (1, 3, H, W) tensor of 0..255 per input."""
         record = self.backbone.record
         record.clear()
         pooled = self.pool(self.pool.extract(self.backbone, torch.cat(pixels, dim=0)))  # type: ignore[arg-type]
-        if self.pool.gives_vector:
-            record[HEAD_TAP[True]] = pooled
+        if not self.pool.gives_maps:
+            record[HEAD_TAP[False]] = pooled
         logits = self.head({n: _row(pooled, i) for i, n in enumerate(self.input_names)})
-        if not self.pool.gives_vector:
-            record[HEAD_TAP[False]] = logits
+        if self.pool.gives_maps:
+            record[HEAD_TAP[True]] = logits
         taps = {name: record[name] for name in self.tap_names}
         record.clear()
         return self.decoder(logits), taps
@@ -65,8 +62,8 @@ class DeployModel(nn.Module):
         return values + tuple(taps.values()) if self.debug else values
 
 
-HEAD_TAP = {True: "features", False: "logits"}
-"""The last tap: pooled features, or what the head gives where it reads whole maps."""
+HEAD_TAP = {False: "features", True: "logits"}
+"""The last tap: pooled features, or what the head gives where it reads several maps."""
 
 
 def _row(pooled: Tensor | list[Tensor], index: int) -> Tensor | list[Tensor]:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from dinoexport.graph.capture import CapturedProgram
 
 
-def plain(value: np.ndarray) -> np.ndarray:
+def plain(value: ArrayLike) -> np.ndarray:
     """Return what a runtime gave in one of two types: int32 for whole numbers, else float32."""
     array = np.asarray(value)
     return array.astype(np.int32 if array.dtype.kind in "iub" else np.float32, copy=False)

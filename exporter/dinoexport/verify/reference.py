@@ -194,12 +194,12 @@ def _run_training(
     pool, backbone = model.pool, model.backbone
     taps = dict(backbone.trace(model.normalise(stacked), pool.deepest))
     features = model.extract(stacked)
-    if pool.gives_vector:
-        taps[HEAD_TAP[True]] = pool(features)
+    if not pool.gives_maps:
+        taps[HEAD_TAP[False]] = pool(features)
     else:
         rows = [tuple(x[i : i + 1] for x in features) for i in range(len(pixels))]
         names = [i.name for i in model.task.inputs]
-        taps[HEAD_TAP[False]] = model.logits(dict(zip(names, rows, strict=True)))
+        taps[HEAD_TAP[True]] = model.logits(dict(zip(names, rows, strict=True)))
     return outputs, taps
 
 

@@ -165,13 +165,34 @@ def test_train_then_evaluate_then_build_on_it(run, eyes, cache, tiny_checkpoint,
     assert plan.status == 0
 
 
+def test_a_gaussian_head_states_its_deviation(run, eyes, cache, tiny_checkpoint, tmp_path) -> None:
+    out = tmp_path / "head.safetensors"
+    result = run(
+        "train", "--data", eyes, "--backbone", tiny_checkpoint, "--head", "ensemble",
+        "--members", 2, "--encoding", "gaussian", "--orthogonality", "so", "--coverage", 0,
+        "--out", out, "--epochs", 1, "--cache", cache, *SIZE, "--json",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    model, config = load_checkpoint(out)
+    assert config.encoding.kind == "gaussian"
+    assert config.training["loss"] == "nll"
+    assert (config.training["orthogonality"], config.training["coverage"]) == ("so", 0.0)
+    names = [o.name for o in model.task.outputs(config)]
+    assert "mrd1_std_mm" in names
+    assert "mrd1_low_mm" not in names
+
+
 @pytest.mark.parametrize(
     ("option", "typed", "says"),
     [
         ("--task", "eyelids", "Did you mean 'eyelid'?"),
         ("--head", "mpl", "unknown head 'mpl'. Did you mean 'mlp'?"),
         ("--encoding", "grey", "unknown encoding 'grey'. Did you mean 'gray'?"),
+        ("--encoding", "gausian", "unknown encoding 'gausian'. Did you mean 'gaussian'?"),
         ("--loss", "bcd", "Did you mean 'bce'?"),
+        ("--loss", "nll", "loss 'nll' does not fit encoding 'gray' of task eyelid"),
+        ("--orthogonality", "tsk", "unknown orthogonality 'tsk'. Did you mean 'task'?"),
+        ("--coverage", "1", "coverage is 1.0; 0 (none) up to below 1 is accepted"),
         ("--features", "pyramids", "Did you mean 'pyramid'?"),
         ("--tap-norm", "finl", "Did you mean 'final'?"),
         ("--optimizer", "adamx", "Did you mean 'adam"),

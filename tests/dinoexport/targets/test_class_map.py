@@ -19,6 +19,7 @@ from dinoexport.graph.capture import CapturedProgram, _downstream
 from dinoexport.targets.base import LowerOptions, Runtime
 from dinoexport.targets.coreml import lower as coreml_lower
 from dinoexport.targets.coreml import precision as coreml_precision
+from dinoexport.targets.coreml.evaluator import PackageEvaluator
 from dinoexport.targets.ports import check_outputs
 from dinoexport.targets.table import get_target
 from dinoexport.targets.tflite.lower import lower as lower_tflite
@@ -262,6 +263,67 @@ def test_core_ml_declares_an_array_of_whole_numbers(builds):
         assert tuple(ports["class_map"].shape) == (1, *SIZE)
         assert array.ArrayDataType.Name(ports["class_map"].dataType) == "INT32"
         assert array.ArrayDataType.Name(ports["logits"].dataType) == "FLOAT32"
+
+
+# --- names: what a GroupNorm is written out to takes names of the same kinds
+
+
+class Sums(nn.Module):
+    """Sums before and behind a GroupNorm, whose own sum with epsilon is an ``add`` too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(2, 4) for _ in range(3))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, 4, H, W) → the same."""
+        for norm in self.norms:
+            x = x + norm(x)
+        return x
+
+
+def test_a_sum_is_found_by_its_shape_where_its_name_is_taken(tmp_path):
+    example = torch.randn(1, 4, 3, 5)
+    program = torch.export.export(Sums(), (example,)).run_decompositions({})
+    path = tmp_path / "sums.mlpackage"
+    ct.convert(
+        program,
+        minimum_deployment_target=ct.target.iOS17,
+        compute_precision=ct.precision.FLOAT32,
+        skip_model_load=True,
+    ).save(str(path))
+    evaluator = PackageEvaluator(path)
+    ambiguous = 0
+    nodes = [node for node in program.graph.nodes if node.name.startswith("add")]
+    wanted = [example]
+    for norm in Sums().norms:
+        wanted.append(wanted[-1] + norm(wanted[-1]).detach())
+    values = {f"add_{k}" if k else "add": x for k, x in enumerate(wanted[1:])}
+    assert [node.name for node in nodes] == list(values)
+    for node in nodes:
+        name = evaluator.locate(node.name, node.meta["val"].shape)
+        found = evaluator.run({next(iter(evaluator.inputs)): example.numpy()}, False, keep=[name])
+        assert sqnr_db(values[node.name].numpy(), found.values[name]) >= STRUCTURE_DB
+        try:
+            evaluator.locate(node.name)
+        except ParityError:
+            ambiguous += 1
+    assert ambiguous, "no name was taken: this shows nothing"
+
+
+def test_an_onnx_value_has_its_captured_name_behind_the_adaptors_own(builds):
+    """The adaptor casts and transposes too; its nodes must not be taken for the decoder's."""
+    import onnx
+
+    for precision in ("fp32", "fp16"):
+        graph = onnx.load(builds("onnx", precision).path).graph
+        first, second = graph.node[:2]
+        assert (first.op_type, list(first.output)) == ("Cast", ["adaptor__to_copy"])
+        assert (second.op_type, list(second.output)) == ("Transpose", ["adaptor_permute"])
+        program = capture(Segmenter()).program
+        convolutions = [n.name for n in program.graph.nodes if n.name.startswith("conv2d")]
+        assert [n.output[0] for n in graph.node if n.op_type == "Conv"][:-1] == convolutions[:-1]
 
 
 # --- half precision and the statistics of group normalisations

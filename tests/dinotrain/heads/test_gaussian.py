@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from dinotrain.errors import ShapeError
-from dinotrain.heads.branch import BranchHead, BranchSpec, HeadConfig
-from dinotrain.heads.gaussian import WIDTH, GaussianDecoder, mix, split_members
+from dinotrain.heads.gaussian import mix, split_members
 
 
 def test_mixture_by_hand():
@@ -43,30 +42,6 @@ def test_a_far_mean_costs_the_variance_no_digits():
     _, variance = mix(means, torch.full((1, 5, 1), 1e-4))
     # mean(σ² + μ²) − μ̄² is 0 or 0.0625 in float32.
     assert variance.item() == pytest.approx(1e-4, rel=1e-6)
-
-
-def test_values_and_deviations_are_in_units():
-    decoder = GaussianDecoder(2)
-    decoder.mean.copy_(torch.tensor([3.0, 12.0]))
-    decoder.std.copy_(torch.tensor([2.0, 4.0]))
-    logits = torch.tensor([[[[0.5, math.log(0.25)], [-1.0, 0.0]]]])
-    values, deviations = decoder(logits)
-    assert values[0].tolist() == pytest.approx([4.0, 8.0])
-    assert deviations[0].tolist() == pytest.approx([1.0, 4.0], rel=1e-5)
-
-
-def test_a_branch_head_of_width_two_is_an_ensemble_of_gaussians():
-    torch.manual_seed(0)
-    branches = [BranchSpec("mrd", 6, 2), BranchSpec("lf", 9, 1)]
-    head = BranchHead(branches, WIDTH, HeadConfig(kind="ensemble", hidden=5)).eval()
-    model = torch.nn.Sequential(head, GaussianDecoder(3))
-    vectors = {"mrd": torch.randn(1, 6), "lf": torch.randn(1, 9)}
-    values, deviations = model(vectors)
-    assert values.shape == deviations.shape == (1, 3)
-    assert bool((deviations > 0).all())
-    program = torch.export.export(model, (vectors,)).run_decompositions({})
-    for found, wanted in zip(program.module()(vectors), (values, deviations), strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
 
 
 def test_another_width_is_refused():

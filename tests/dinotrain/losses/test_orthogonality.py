@@ -91,6 +91,19 @@ def test_gradient_overlap_against_separate_backward_passes():
     assert embedding.grad is not None
 
 
+def test_gradients_at_several_embeddings_are_one_vector():
+    draw = torch.Generator().manual_seed(0)
+    whole = torch.randn(3, 8, generator=draw, requires_grad=True)
+    left, right = (part.detach().requires_grad_() for part in (whole[:, :5], whole[:, 5:]))
+    weights = torch.randn(2, 8, generator=draw)
+
+    def losses(x: torch.Tensor) -> list[torch.Tensor]:
+        return [(x @ row).tanh().square().sum() for row in weights]
+
+    found = gradient_overlap(losses(torch.cat((left, right), dim=1)), (left, right))
+    assert found.item() == pytest.approx(gradient_overlap(losses(whole), whole).item(), rel=1e-6)
+
+
 def test_a_task_without_a_gradient_overlaps_with_none():
     embedding = torch.ones(2, 2, requires_grad=True)
     other = torch.ones(2, requires_grad=True)

@@ -16,6 +16,7 @@ from dinotrain.metrics.uncertainty import (
     calibration_error,
     conformal_factor,
     coverage_curve,
+    evaluate_intervals,
     evaluate_uncertainty,
     gaussian_crps,
     interval_coverage,
@@ -212,10 +213,34 @@ def test_the_report_has_a_row_per_target_and_is_json():
     )
     assert row["mean_std_mm"] == pytest.approx(std[:, 0].mean())
     assert row["calibration_error"] == calibration_error(predicted[:, 0], std[:, 0], true[:, 0])
-    assert list(row["coverage"]) == [f"0.{tenth}" for tenth in range(1, 10)]
+    curve = row["coverage_curve"]
+    assert curve["nominal"] == list(NOMINAL)
+    wanted = coverage_curve(predicted[:, 0], std[:, 0], true[:, 0])
+    assert curve["empirical"] == wanted.tolist()
+    assert found["b_mm"]["coverage_curve"]["empirical"] == [None] * 9
     assert found["b_mm"]["n"] == 0
     assert found["b_mm"]["crps_mm"] is None
     json.dumps(found, allow_nan=False)
+
+
+def test_intervals_per_target_by_hand():
+    targets = (TargetSpec("a", "mm", 0.0, 16.0, ""), TargetSpec("b", "mm", 0.0, 16.0, ""))
+    low = np.array([[0.0, 0], [0, 0], [0, 0], [0, 0]])
+    high = np.array([[2.0, 1], [2, 1], [2, 1], [4, 1]])
+    true = np.array([[1.0, NAN], [3, NAN], [2, NAN], [NAN, NAN]])
+    found = evaluate_intervals(low, high, true, targets, ["x", "x", "y", "z"])
+    assert found["a_mm"] == {
+        "interval_rows_covered": pytest.approx(2 / 3),
+        "interval_subjects_covered": 0.5,
+        "interval_width_mm": 2.0,
+    }
+    assert set(found["b_mm"].values()) == {None}
+    nameless = evaluate_intervals(low, high, true, targets)["a_mm"]
+    assert nameless == {"interval_rows_covered": pytest.approx(2 / 3), "interval_width_mm": 2.0}
+    with pytest.raises(ShapeError, match="2 columns, one per target"):
+        evaluate_intervals(low[:, :1], high[:, :1], true[:, :1], targets)
+    with pytest.raises(ShapeError, match="3 subjects"):
+        evaluate_intervals(low, high, true, targets, ["x", "y", "z"])
 
 
 def test_arrays_that_do_not_fit_are_refused():

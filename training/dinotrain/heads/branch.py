@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from dinotrain.errors import UsageError
+from dinotrain.errors import ShapeError, UsageError
 from dinotrain.heads.query import QueryConfig
 from dinotrain.heads.segmentation import DecoderConfig
 
@@ -113,3 +113,31 @@ class BranchHead(nn.Module):
             for member in self.members
             for b in self.branches
         ]
+
+    def hidden_weights(self) -> list[Tensor]:
+        """Weights of the layers before the output layers, (out, in) each; none of a linear head."""
+        return [
+            layer.weight
+            for member in self.members
+            for b in self.branches
+            for layer in member[b.name][:-1]  # type: ignore[index]
+            if isinstance(layer, nn.Linear)
+        ]
+
+    @torch.no_grad()
+    def set_output_bias_(self, bias: Tensor) -> None:
+        """Set the output biases of every member, (targets, width), in place: where training starts.
+
+        Raises:
+            ShapeError: the biases are not one row per target.
+        """
+        wanted = (sum(b.targets for b in self.branches), self.width)
+        if tuple(bias.shape) != wanted:
+            raise ShapeError(
+                f"output biases have shape {tuple(bias.shape)}, and the head has {wanted[0]} "
+                f"targets of {wanted[1]} logits each; give {wanted}"
+            )
+        for member in self.members:
+            rows = bias.split([b.targets for b in self.branches])
+            for b, part in zip(self.branches, rows, strict=True):
+                member[b.name][-1].bias.copy_(part.flatten())  # type: ignore[index]

@@ -1,11 +1,10 @@
 """Gaussian members: heads that give a mean and a variance per target, and their mixture.
 
-A ``BranchHead`` of width ``WIDTH`` is such a head; it is trained with ``gaussian_nll``. Source:
-METHODS B6.
+Any head of width ``WIDTH`` is such a head, its encoding is ``gaussian``; it is trained with
+``gaussian_nll``, and ``MeasureDecoder`` turns it into units. Source: METHODS B6.
 """
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinotrain.errors import ShapeError
 
@@ -51,31 +50,3 @@ def mix(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
     mean = means.mean(dim=1)
     spread = (means - mean.unsqueeze(1)).square().mean(dim=1)
     return mean, variances.mean(dim=1) + spread
-
-
-class GaussianDecoder(nn.Module):
-    """Gaussian members to values with a standard deviation; a part of the deploy graph.
-
-    Args:
-        targets: how many.
-
-    The buffers ``mean`` and ``std``, (targets,), are those of the training labels and are set when
-    training starts, as in ``encoding.Decoder``.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, targets: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(targets))
-        self.register_buffer("std", torch.ones(targets))
-
-    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, members, targets, 2) → (B, targets) values and standard deviations, in their units.
-
-        The standard deviation holds the noise that members see in the labels and what they
-        disagree on.
-        """
-        mean, variance = mix(*split_members(logits))
-        return self.mean + self.std * mean, self.std * variance.sqrt()

@@ -85,8 +85,8 @@ class Pool(nn.Module, ABC):
     width: int
     deepest: int | None = None
     """The deepest tap that is read; None where it is the final output."""
-    gives_vector: bool = True
-    """Whether one vector per image comes out; else tokens or maps."""
+    gives_maps: bool = False
+    """Whether several maps per image come out; else one tensor."""
 
     @abstractmethod
     def extract(self, backbone: Backbone, images: Tensor) -> Features:
@@ -186,7 +186,7 @@ class TapPool(Pool):
         self, backbone: BackboneConfig, config: FeatureConfig, image_size: tuple[int, int]
     ) -> None:
         super().__init__()
-        self.gives_vector = config.kind in ("pyramid", "sfp")
+        self.gives_maps = config.kind == "maps"
         count = TAPS_READ[config.kind]
         taps = config.taps or own_taps(backbone, config.kind)
         if len(taps) != count:

@@ -92,34 +92,6 @@ class QueryLayer(nn.Module):
         return queries + self.drop(self.self_attention(x, x))
 
 
-class FoldedLayer(nn.Module):
-    """A layer whose queries come from no picture, for inference: what is the same for all pictures
-    is worked out once. Converters do so by themselves, after weights were rounded.
-
-    Args:
-        layer: the first one of a decoder.
-        queries: (1, Q, D), learned.
-    """
-
-    def __init__(self, layer: QueryLayer, queries: Tensor) -> None:
-        super().__init__()
-        with torch.no_grad():
-            start = layer.exchange(queries)
-            projected = layer.cross_attention.q(layer.norm2(start))
-        self.start = nn.Parameter(start, requires_grad=False)
-        self.projected = nn.Parameter(projected, requires_grad=False)
-        self.cross_attention = layer.cross_attention
-        self.norm3 = layer.norm3
-        self.mlp = layer.mlp
-
-    def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
-        """(B, Q, D), of which only B counts, and (B, T, D) → (B, Q, D)."""
-        batch = memory.shape[0]
-        seen = self.cross_attention.look(self.projected.expand(batch, -1, -1), memory)
-        queries = self.start.expand(batch, -1, -1) + seen
-        return queries + self.mlp(self.norm3(queries))
-
-
 class QueryHead(nn.Module):
     """Patch tokens of every image of a sample → logits, one learned query per target.
 
@@ -192,11 +164,14 @@ class QueryHead(nn.Module):
         """Weights of the output layers, one (targets, width, dim): all read the same space."""
         return [torch.stack([output.weight for output in self.outputs])]  # type: ignore[arg-type]
 
-    def fold_constants_(self) -> None:
-        """Work out once what no picture changes, in place; for inference only."""
-        first = self.layers[0]
-        if isinstance(first, QueryLayer):
-            self.layers[0] = FoldedLayer(first.eval(), self.queries)
+    def hidden_weights(self) -> list[Tensor]:
+        """Weights of all linear layers before the output layers, (out, in) each."""
+        outputs = set(self.outputs)
+        return [
+            layer.weight
+            for layer in self.modules()
+            if isinstance(layer, nn.Linear) and layer not in outputs
+        ]
 
     @torch.no_grad()
     def set_output_bias_(self, bias: Tensor) -> None:

@@ -64,28 +64,34 @@ def soft_orthogonality(hidden_weights: Sequence[Tensor]) -> Tensor:
     return torch.stack(penalties).mean() if penalties else torch.zeros(())
 
 
-def gradient_overlap(task_losses: Sequence[Tensor], embedding: Tensor) -> Tensor:
+def gradient_overlap(task_losses: Sequence[Tensor], embedding: Tensor | Sequence[Tensor]) -> Tensor:
     """Mean squared cosine between the tasks' gradients at the embedding that they share.
 
     Args:
         task_losses: one scalar per task, computed from ``embedding``.
-        embedding: any shape, requires a gradient; its whole gradient is one vector.
+        embedding: one or more tensors of any shape that require a gradient; their gradients
+            together are one vector.
 
     Returns:
         A scalar in [0, 1], detached: a diagnostic. A task without a gradient (no labels in the
         batch, or another branch) overlaps with none; 0 for fewer than two tasks. The graph is kept
         for the backward pass of training.
     """
+    parts = [embedding] if isinstance(embedding, Tensor) else list(embedding)
     directions = []
     for loss in task_losses:
-        gradient = None
+        found: Sequence[Tensor | None] = [None] * len(parts)
         if loss.requires_grad:
-            (gradient,) = torch.autograd.grad(loss, embedding, retain_graph=True, allow_unused=True)
-        if gradient is None:
-            gradient = torch.zeros_like(embedding)
-        directions.append(F.normalize(gradient.detach().flatten().float(), dim=0))
+            found = torch.autograd.grad(loss, parts, retain_graph=True, allow_unused=True)
+        gradient = torch.cat(
+            [
+                (torch.zeros_like(part) if g is None else g.detach()).flatten().float()
+                for part, g in zip(parts, found, strict=True)
+            ]
+        )
+        directions.append(F.normalize(gradient, dim=0))
     if len(directions) < 2:
-        return embedding.new_zeros(())
+        return parts[0].new_zeros(())
     cosines = torch.stack(directions) @ torch.stack(directions).T
     pairs = torch.triu_indices(len(directions), len(directions), offset=1)
     return cosines[pairs[0], pairs[1]].square().mean()

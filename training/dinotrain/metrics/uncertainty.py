@@ -235,8 +235,9 @@ def evaluate_uncertainty(
         targets: names and units of the columns.
 
     Returns:
-        {output name: {n, crps_mm, mean_std_mm, calibration_error, coverage: {nominal: empirical}}}
-        with the target's own unit; None stands where there is no label.
+        {output name: {n, crps_mm, mean_std_mm (the sharpness), calibration_error,
+        coverage_curve: {nominal: [...], empirical: [...]}}} with the target's own unit; None
+        stands where there is no label.
 
     Raises:
         ShapeError: the arrays do not have one column per target, or differ in length.
@@ -254,11 +255,51 @@ def evaluate_uncertainty(
             f"crps_{target.unit}": float(gaussian_crps(guess, sigma, y).mean()) if len(y) else None,
             f"mean_std_{target.unit}": float(sigma.mean()) if len(y) else None,
             "calibration_error": calibration_error(guess, sigma, y),
-            "coverage": {
-                f"{nominal:.1f}": float(share) if len(y) else None
-                for nominal, share in zip(NOMINAL, empirical, strict=True)
+            "coverage_curve": {
+                "nominal": list(NOMINAL),
+                "empirical": [float(share) if len(y) else None for share in empirical],
             },
         }
+    return result
+
+
+def evaluate_intervals(
+    low: ArrayLike,
+    high: ArrayLike,
+    true: ArrayLike,
+    targets: Sequence[TargetSpec],
+    subjects: Sequence[Hashable] = (),
+) -> dict[str, Any]:
+    """Judge intervals per target; rows without a label do not count.
+
+    Args:
+        low: (n, targets), lower ends.
+        high: (n, targets), upper ends.
+        true: (n, targets), NaN where there is no label.
+        targets: names and units of the columns.
+        subjects: (n,), who each row is of; nothing leaves out what is counted by subject.
+
+    Returns:
+        {output name: {interval_rows_covered, interval_subjects_covered, interval_width_mm}}, shares
+        between 0 and 1, see ``interval_coverage``, and the target's own unit.
+
+    Raises:
+        ShapeError: the arrays do not have one column per target, or differ in length.
+    """
+    low, high, true = (np.asarray(values, np.float64) for values in (low, high, true))
+    if {low.shape, high.shape, true.shape} != {(len(true), len(targets))}:
+        raise ShapeError(
+            f"low {low.shape}, high {high.shape} and true {true.shape} must have one row each and "
+            f"{len(targets)} columns, one per target"
+        )
+    result = {}
+    for column, target in enumerate(targets):
+        people = subjects if len(subjects) else range(len(true))
+        found = interval_coverage(low[:, column], high[:, column], true[:, column], people)
+        row = {"interval_rows_covered": found["rows_covered"]}
+        if len(subjects):
+            row["interval_subjects_covered"] = found["subjects_covered"]
+        result[target.output_name] = row | {f"interval_width_{target.unit}": found["mean_width"]}
     return result
 
 

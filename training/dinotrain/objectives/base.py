@@ -1,6 +1,7 @@
 """What training asks of a model: a loss, the figure that validation watches, and a baseline."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,12 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits and (B, labels) float64, NaN where a label is missing → a scalar."""
+
+    def diagnose(
+        self, logits: Tensor, labels: Tensor, embeddings: Sequence[Tensor]
+    ) -> dict[str, float]:
+        """Return figures that are reported and not trained on, {name: value}; see subclasses."""
+        return {}
 
     @abstractmethod
     def validation_error(self, predicted: Predictions, true: NDArray[Any]) -> float | None:

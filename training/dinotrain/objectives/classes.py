@@ -57,11 +57,7 @@ class ClassObjective(Objective):
     def start_(self, labels: Values) -> None:
         """Set the output biases to the classes' shares, so that the head starts at the baseline."""
         shares = _counts(labels, len(self.classes)) / np.isfinite(labels).sum()
-        prior = torch.from_numpy(np.log(shares)).float()
-        for member in self.head.members:
-            for branch in self.head.branches:
-                with torch.no_grad():
-                    member[branch.name][-1].bias.copy_(prior)  # type: ignore[index]
+        self.head.set_output_bias_(torch.from_numpy(np.log(shares)).float().unsqueeze(0))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy over labelled samples and members."""

@@ -4,7 +4,7 @@ Nothing outside this folder asks which task it has.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +12,7 @@ import msgspec
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
     from PIL.Image import Image
     from torch import nn
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from dinotrain.data.images import Pixels
     from dinotrain.heads.branch import HeadKind
     from dinotrain.heads.pool import Pool
+    from dinotrain.intervals import Intervals
     from dinotrain.model import ModelConfig, TaskModel
     from dinotrain.objectives.base import Objective, Predictions
     from dinotrain.report.page import Section
@@ -64,6 +66,11 @@ class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def std_name(self) -> str:
         """Name of the value's standard deviation, with its unit."""
         return f"{self.name}_std_{self.unit}"
+
+    @property
+    def interval_names(self) -> tuple[str, str]:
+        """Names of the lower and the upper end of the value's interval, with its unit."""
+        return f"{self.name}_low_{self.unit}", f"{self.name}_high_{self.unit}"
 
 
 class Case(NamedTuple):
@@ -213,6 +220,7 @@ class Task(ABC):
         true: "np.ndarray",
         reference: "np.ndarray",
         classes: tuple[str, ...] = (),
+        subjects: Sequence[Hashable] = (),
     ) -> Any:
         """Metrics per output of predictions; NaN marks a missing label.
 
@@ -221,7 +229,29 @@ class Task(ABC):
             true: what ``truth`` gives for them.
             reference: (m, labels), labels that were trained on: what a model must beat.
             classes: names, where the task has classes.
+            subjects: (n,), who each row is of; nothing leaves out what is counted by subject.
         """
+
+    def calibrate(
+        self,
+        predicted: "Mapping[str, NDArray[np.floating]]",
+        true: "NDArray[np.floating]",
+        subjects: Sequence[Hashable],
+        coverage: float,
+    ) -> "tuple[Intervals | None, str]":
+        """Make intervals from predictions on subjects that no weight was trained on.
+
+        Args:
+            predicted: {output name: (n, …)} without intervals, by the weights as stored.
+            true: (n, labels), NaN where there is no label.
+            subjects: (n,), who each row is of.
+            coverage: how often an interval is to hold for a new subject, between 0 and 1.
+
+        Returns:
+            The intervals and nothing, or None and why there are none; no reason where the task has
+            no intervals at all.
+        """
+        return None, ""
 
     @abstractmethod
     def section(self, case: Case) -> "Section":

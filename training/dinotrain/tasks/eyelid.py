@@ -3,7 +3,7 @@
 Source: METHODS B2, B3.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
@@ -13,6 +13,7 @@ from dinotrain.tasks.base import Branch, Case, OutputSpec, TargetSpec, Task, Tas
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
     from PIL.Image import Image
     from torch import Tensor
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from dinotrain.heads.branch import BranchHead
     from dinotrain.heads.pool import Pool
     from dinotrain.heads.query import QueryHead
+    from dinotrain.intervals import Intervals
     from dinotrain.model import ModelConfig, TaskModel
     from dinotrain.objectives.base import Predictions
     from dinotrain.objectives.measure import MeasureObjective
@@ -61,15 +63,23 @@ class EyelidTask(Task):
     error_unit = "mm"
 
     def outputs(self, config: "ModelConfig") -> tuple[OutputSpec, ...]:
-        """Return the three distances, and of an ensemble how far its members disagree."""
-        means = [(t.output_name, t.unit, t.description) for t in self.targets]
-        spreads = [
-            (t.std_name, t.unit, f"standard deviation between ensemble members of {t.output_name}")
-            for t in self.targets
-        ]
+        """Return the three distances, how sure they are, and their intervals.
+
+        Ensembles and Gaussians have standard deviations, calibrated models have intervals.
+        """
+        found = [(t.output_name, t.unit, t.description) for t in self.targets]
+        spread = _spread(config)
+        if spread:
+            found += [(t.std_name, t.unit, f"{spread} of {t.output_name}") for t in self.targets]
+        if config.intervals is not None:
+            found += [
+                (t.interval_names[side], t.unit, _interval(end, t, config.intervals, index))
+                for side, end in enumerate(("lower", "upper"))
+                for index, t in enumerate(self.targets)
+            ]
         return tuple(
             OutputSpec(name=name, unit=unit, shape=(1,), dtype="float32", description=text)
-            for name, unit, text in (means + spreads if config.head.count > 1 else means)
+            for name, unit, text in found
         )
 
     def preprocessing(self, image_size: tuple[int, int], window_mm: float) -> str:
@@ -98,19 +108,19 @@ class EyelidTask(Task):
         )
 
     def build_decoder(self, config: "ModelConfig") -> "MeasureDecoder":
-        """Bits to millimetres."""
+        """Codes or z-scores to millimetres, with the intervals of the config."""
         from dinotrain.decoders import MeasureDecoder
 
-        return MeasureDecoder(config.encoding, self.targets)
+        return MeasureDecoder(config.encoding, self.targets, config.intervals)
 
     def choose_loss(self, config: "TrainConfig") -> str:
-        """Cross-entropy of the bits; squared error of a scalar."""
+        """Cross-entropy of bits; squared error of a scalar; likelihood of a Gaussian."""
         from dinotrain.objectives.measure import choose_loss
 
         return choose_loss(config)
 
     def objective(self, config: "TrainConfig", model: "TaskModel") -> "MeasureObjective":
-        """Errors of bits or of scalars."""
+        """Errors of bits or of z-scores."""
         from dinotrain.objectives.measure import MeasureObjective
 
         return MeasureObjective(
@@ -175,21 +185,62 @@ class EyelidTask(Task):
         true: "np.ndarray",
         reference: "np.ndarray",
         classes: tuple[str, ...] = (),
+        subjects: Sequence[Hashable] = (),
     ) -> Any:
-        """Metrics of METHODS B8 per target, with the mean-predictor row."""
+        """Metrics of METHODS B8 per target, with the mean-predictor row.
+
+        Args:
+            predicted: {output name: (n,)}; standard deviations and intervals are judged where they
+                are among them. Only values: (n, 3).
+            true: (n, 3), NaN where there is no label.
+            reference: (m, 3), labels that were trained on.
+            classes: not read.
+            subjects: (n,), who each row is of; with them intervals are judged by subject too.
+        """
         import numpy as np
 
         from dinotrain.metrics.regression import evaluate_targets
+        from dinotrain.metrics.uncertainty import evaluate_intervals, evaluate_uncertainty
 
-        values = np.stack([predicted[target.output_name] for target in self.targets], axis=1)
-        return evaluate_targets(values, true, reference, self.targets)
+        targets = self.targets
+        values = np.stack([predicted[t.output_name] for t in targets], axis=1)
+        parts = [evaluate_targets(values, true, reference, targets)]
+        if targets[0].std_name in predicted:
+            std = np.stack([predicted[t.std_name] for t in targets], axis=1)
+            parts.append(evaluate_uncertainty(values, std, true, targets))
+        if targets[0].interval_names[0] in predicted:
+            low, high = (
+                np.stack([predicted[t.interval_names[side]] for t in targets], axis=1)
+                for side in (0, 1)
+            )
+            parts.append(evaluate_intervals(low, high, true, targets, subjects))
+        names = [t.output_name for t in targets]
+        return {name: {k: v for part in parts for k, v in part[name].items()} for name in names}
+
+    def calibrate(
+        self,
+        predicted: "Mapping[str, NDArray[np.floating]]",
+        true: "NDArray[np.floating]",
+        subjects: Sequence[Hashable],
+        coverage: float,
+    ) -> "tuple[Intervals | None, str]":
+        """Split conformal intervals per distance (METHODS B8)."""
+        from dinotrain.calibration import calibrate
+
+        return calibrate(predicted, true, subjects, coverage, self.targets)
 
     def section(self, case: Case) -> "Section":
         """Agreement per distance, uncertainty where it is stated, worst eyes."""
         from dinotrain.report.measure_section import measure_section
 
         return measure_section(
-            case.predicted, case.true, self.targets, case.names, case.load, case.metrics
+            case.predicted,
+            case.true,
+            self.targets,
+            case.names,
+            case.load,
+            case.metrics,
+            case.config.intervals.coverage if case.config.intervals else None,
         )
 
     def draw(
@@ -212,3 +263,19 @@ def join_gazes(features: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     """MRD reads the primary gaze; LF reads up ‖ down ‖ up − down."""
     up, down = features["up"], features["down"]
     return {"mrd": features["primary"], "lf": torch.cat((up, down, up - down), dim=-1)}
+
+
+def _spread(config: "ModelConfig") -> str:
+    """Say what the model's standard deviation is, or nothing where it has none."""
+    ensemble = config.head.count > 1
+    if config.encoding.kind == "gaussian":
+        return "standard deviation" + (" of the mixture of ensemble members" if ensemble else "")
+    return "standard deviation between ensemble members" if ensemble else ""
+
+
+def _interval(end: str, target: TargetSpec, intervals: "Intervals", index: int) -> str:
+    return (
+        f"{end} end of the {100 * intervals.coverage:g} % interval of {target.output_name} for a "
+        f"new subject; split conformal, calibrated on {intervals.subjects[index]} validation "
+        "subjects, by whom the weights were chosen too"
+    )

@@ -86,7 +86,7 @@ def overlay(image: NDArray[np.uint8], ids: NDArray[np.integer]) -> NDArray[np.ui
         if number in (0, 255):
             continue
         inside = ids == number
-        rim = inside & ~np.asarray(ndimage.binary_erosion(inside, border_value=1))
+        rim = inside & np.logical_not(ndimage.binary_erosion(inside, border_value=1))
         colour = np.array(class_colour(number), np.float32)
         result[inside] += COVER * (colour - result[inside])
         result[rim] = colour

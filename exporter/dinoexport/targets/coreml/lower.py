@@ -44,7 +44,7 @@ def lower(
         else ct.precision.FLOAT32
     )
     height, width = program.image_size
-    passes = ct.PassPipeline.DEFAULT
+    passes: Any = ct.PassPipeline.DEFAULT
     passes.remove_passes(_UNWANTED_PASSES)
     try:
         model: Any = ct.convert(

@@ -13,6 +13,9 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 FLOAT_KINDS = frozenset({"InstanceNormalization"})
 """Operators that stay in float32 wherever they stand; a GroupNorm is written as one of these."""
 
+FLOAT_INPUTS = {"Resize": (1, 2)}
+"""Inputs that are float32 by definition, by their place: a resize's region and scales."""
+
 
 def to_half_precision_(model: ModelProto, float_nodes: Collection[str]) -> None:
     """Store weights and compute activations in float16, except what produces ``float_nodes``, what
@@ -31,8 +34,9 @@ def to_half_precision_(model: ModelProto, float_nodes: Collection[str]) -> None:
     in_float = kept | alone
     readers: dict[str, set[bool]] = {}
     for index, node in enumerate(graph.node):
-        for name in node.input:
-            readers.setdefault(name, set()).add(index in in_float)
+        for place, name in enumerate(node.input):
+            in_single = index in in_float or place in FLOAT_INPUTS.get(node.op_type, ())
+            readers.setdefault(name, set()).add(in_single)
 
     for tensor in list(graph.initializer):
         if tensor.data_type != TensorProto.FLOAT or True not in readers.get(tensor.name, {False}):
@@ -47,7 +51,7 @@ def to_half_precision_(model: ModelProto, float_nodes: Collection[str]) -> None:
             _convert_tensor_(half, np.float16)
             graph.initializer.append(half)
             for index, node in enumerate(graph.node):
-                if index not in in_float:
+                if index not in in_float and node.op_type not in FLOAT_INPUTS:
                     _rename_input_(node, tensor.name, half.name)
 
     half_values: set[str] = set()

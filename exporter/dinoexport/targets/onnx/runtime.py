@@ -89,7 +89,7 @@ class OnnxRuntime(Runtime):
         values = dict(zip(names, self._session.run(names, feeds), strict=True))
         taps = {tap: np.asarray(values[v], np.float32) for tap, v in self._taps.items()}
         inner = set(self._taps.values())
-        outputs = {n: plain(v) for n, v in values.items() if n not in inner}
+        outputs = {n: plain(np.asarray(v)) for n, v in values.items() if n not in inner}
         return RunResult(outputs, taps)
 
 
