@@ -145,6 +145,9 @@ def _read_rows(
             problems.add("", text, line)
         if found.row is not None:
             rows.append(found.row)
+        elif path is not None and judged[path].problem:
+            # Of no use as a row, and yet to be mended.
+            problems.unreadable("", f"{row['path']}: {judged[path].problem}", line)
     blind = {row.owner for row in rows if row.gaze == PRIMARY and row.image is None}
     for row in rows:
         if row.image is None:
