@@ -12,7 +12,8 @@ Two protocols, both without the original's augmentation, because features are co
                most 12,500 steps
 
 The published rates suit DINOv2's features of ImageNet. On features whose columns differ in scale
-its best rate is the highest, and has not converged. Standardised ones make the same classifiers in
+the best rate is the highest, and needs all of its steps (on digits 89 s for 96.0 % of the test
+split, where ``broad`` takes 20 s for 97.2 %). Standardised ones make the same classifiers in
 other coordinates, where one rate suits all columns; mean and deviation, those of the training
 split, are folded into weight and bias afterwards, so that the checkpoint is of the same form. A
 mean over all patches does not tell where something is; quarters do (handwritten digits, five folds:

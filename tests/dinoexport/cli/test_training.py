@@ -149,7 +149,8 @@ def test_train_then_evaluate_then_build_on_it(run, eyes, cache, tiny_checkpoint,
     assert result.json["metrics"]["test"]["mrd1_mm"]["mae_mm"] > 0
     assert "synthetic" in result.json["notice"]
     # No log, for there was no noise, and no training state.
-    assert [p.name for p in out.parent.iterdir()] == [out.name]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["head.html", out.name]
+    assert result.json["report"] == str(out.parent / "head.html")
     assert load_checkpoint(out)[1].head.kind == "linear"
 
     judged = run("evaluate", out, "--data", eyes, "--cache", cache, "--json").json
