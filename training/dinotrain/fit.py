@@ -20,9 +20,16 @@ from dinotrain.backbones import load_backbone
 from dinotrain.backbones.loading import Backbone
 from dinotrain.checkpoint import CheckpointConfig, load_checkpoint
 from dinotrain.data.dataset import Dataset
+from dinotrain.data.judging import told_of_checks
 from dinotrain.data.summary import skipped_lines, summary_lines
 from dinotrain.errors import DataError, UsageError, unknown_name
-from dinotrain.features import FeatureStore, Progress, default_cache, silent, weights_digest
+from dinotrain.features import (
+    FeatureStore,
+    Progress,
+    default_cache,
+    silent,
+    weights_digest,
+)
 from dinotrain.finish import round_to_half_, write_model
 from dinotrain.heads.branch import HeadConfig
 from dinotrain.heads.build import choose_features
@@ -88,8 +95,16 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     return config.out
 
 
-def read_data(config: TrainConfig, task: Task, report: Progress = silent) -> Dataset:
-    """Read what a run trains on, and tell what is in it.
+def read_data(
+    config: TrainConfig, task: Task, report: Progress = silent, *, tell: bool = True
+) -> Dataset:
+    """Read what a run trains on.
+
+    Args:
+        config: names the data.
+        task: reads them.
+        report: told of the stage "check".
+        tell: whether ``report`` is told what is in the data, too.
 
     Raises:
         DataError: the data cannot be used.
@@ -99,15 +114,27 @@ def read_data(config: TrainConfig, task: Task, report: Progress = silent) -> Dat
         image_size=config.image_size,
         seed=config.seed,
         skip_unreadable=config.skip_unreadable,
-        progress=lambda done, total: report("check", done, total),
+        progress=told_of_checks(report),
     )
-    for line in summary_lines(task.summarise(dataset)):
-        report("data", 0, 0, line)
+    if tell:
+        for line in summary_lines(task.summarise(dataset)):
+            report("data", 0, 0, line)
     return dataset
 
 
 def launch(config: TrainConfig) -> Fabric:
     """Start the processes that a run is shared among; each goes on from here.
+
+    Raises:
+        UsageError: the device or the strategy is not to be had.
+    """
+    fabric = make_fabric(config)
+    fabric.launch()
+    return fabric
+
+
+def make_fabric(config: TrainConfig) -> Fabric:
+    """Return what a run is shared by, not yet started.
 
     Raises:
         UsageError: the device or the strategy is not to be had.
@@ -124,14 +151,12 @@ def launch(config: TrainConfig) -> Fabric:
     precision = {"off": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}[config.amp]
     if config.amp == "float16" and device.type != "cuda":
         raise UsageError("amp float16 needs a GPU. Use bfloat16, or off.")
-    fabric = Fabric(
+    return Fabric(
         accelerator=device.type,
         devices=config.devices,
         strategy=strategy,
         precision=cast(Any, precision),
     )
-    fabric.launch()
-    return fabric
 
 
 def decide(config: TrainConfig, backbone: Backbone) -> TrainConfig:
@@ -207,7 +232,7 @@ def evaluate(
         image_size=config.image_size,
         seed=seed,
         skip_unreadable=skip_unreadable,
-        progress=lambda done, total: report("check", done, total),
+        progress=told_of_checks(report),
     )
     for line in skipped_lines(dataset.skipped):
         report("data", 0, 0, line)

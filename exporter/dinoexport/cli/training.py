@@ -90,6 +90,7 @@ def check(
     """Read a data set as `train` would, and say what is in it."""
     from dinoexport.cli.data_summary import print_summary
     from dinoexport.console import Reporter
+    from dinotrain.data.judging import told_of_checks
     from dinotrain.tasks import get_task
 
     chosen = get_task(task)
@@ -98,7 +99,7 @@ def check(
             data,
             image_size=(224, 224),
             skip_unreadable=skip_unreadable,
-            progress=lambda done, total: track("check", done, total),
+            progress=told_of_checks(track),
         )
     print_summary(data, chosen.summarise(dataset), json)
 

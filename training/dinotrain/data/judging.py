@@ -16,6 +16,21 @@ Result = TypeVar("Result")
 Told = Callable[[int, int], None]
 """Called with (judged, of how many) after each."""
 THREADS = 8
+CHECKS_TOLD = 200
+"""Pictures between two words about how far reading is."""
+
+
+def told_of_checks(report: Callable[[str, int, int], None]) -> Told:
+    """Return what tells of the stage "check", once in ``CHECKS_TOLD`` pictures.
+
+    A small set is read in a second, and is not worth a line.
+    """
+
+    def tell(done: int, total: int) -> None:
+        if done % CHECKS_TOLD == 0 or (done == total and total > CHECKS_TOLD):
+            report("check", done, total)
+
+    return tell
 
 
 class Judged(NamedTuple):
