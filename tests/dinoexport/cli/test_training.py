@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dinotrain.backbones.vit import VisionTransformer, ViTConfig, init_weights_
+from dinotrain.backbones.weights import save_backbone
 from dinotrain.checkpoint import load_checkpoint
 
 SIZE = ("--image-size", "56")
@@ -306,3 +308,44 @@ def test_a_protocol_is_one_of_two(refused, tmp_path) -> None:
     assert "wide" in error
     assert "broad" in error
     assert "published" in error
+
+
+@pytest.mark.parametrize(
+    ("task", "preset", "wanted"),
+    [
+        (
+            "segment",
+            "brief",
+            {"mode": "finetune", "clip_norm": 1.0, "schedule": "sgdr", "lr": 1e-5},
+        ),
+        ("segment", "frozen", {"mode": "frozen", "lr": 1e-3, "patience": 20}),
+        ("classify", "transfer", {"mode": "frozen", "optimizer": "sgd", "schedule": "step"}),
+        ("classify", "finetune", {"mode": "finetune", "backbone_lr": 1e-4, "layer_decay": 1.0}),
+    ],
+)
+def test_a_preset_trains_and_options_beside_it_win(
+    run, tmp_path, cache, tiny_checkpoint, task, preset, wanted
+) -> None:
+    data, count = tmp_path / "data", 30 if task == "classify" else 10
+    assert run("data", "synth", "--task", task, "--count", count, "--out", data).status == 0
+    backbone = tmp_path / "four.safetensors"
+    vit = ViTConfig(name="four", embed_dim=16, depth=4, heads=1, ffn_dim=32, grid=(4, 5))
+    save_backbone(init_weights_(VisionTransformer(vit)), backbone)
+    out = tmp_path / "model.safetensors"
+    result = run(
+        "train", "--task", task, "--data", data, "--backbone", backbone, "--preset", preset,
+        "--epochs", 1, "--image-size", "56x70", "--out", out, "--cache", cache, "--no-report",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    header = load_checkpoint(out)[1]
+    assert header.image_size == (56, 70)
+    assert header.training["epochs"] == 1
+    assert {name: header.training[name] for name in wanted} == wanted
+
+
+def test_an_unknown_preset(refused, eyes, tmp_path) -> None:
+    out = tmp_path / "t.safetensors"
+    train = ("train", "--data", eyes, "--out", out)
+    assert "preset of task segment 'bref'" in refused(
+        *train, "--task", "segment", "--preset", "bref"
+    )

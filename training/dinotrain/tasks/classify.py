@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast, final
 
 from dinotrain.errors import DataError
 from dinotrain.tasks.base import Case, OutputSpec, Task, TaskInput
+from dinotrain.tasks.classify_presets import PRESETS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +42,7 @@ class ClassifyTask(Task):
     summary = "probabilities of the classes that the training data name, from one photograph"
     inputs = (TaskInput("image", "the photograph"),)
     labels = ("class",)
+    presets = PRESETS
     heads = ("mlp", "linear", "probe", "ensemble", "query")
     budgets = {"fp32": 0.0001, "fp16": 0.02}  # noqa: RUF012
     error_unit = "probability"
