@@ -99,7 +99,7 @@ class StudyRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             data: what the task's reader reads.
         """
         study = self.study
-        fields = {**study.shared, **study.groups[variant.group][variant.name]}
+        fields: dict[str, Any] = {**study.shared, **study.groups[variant.group][variant.name]}
         if self.epochs is not None:
             fields["epochs"] = self.epochs
         name = f"{study.name}-{_slug(variant.group)}-{_slug(variant.name)}-{seed}"
