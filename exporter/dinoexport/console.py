@@ -59,11 +59,17 @@ class Reporter:
 
     @contextmanager
     def tracker(self) -> Iterator[Callable[..., None]]:
-        """Give a function (stage, done, total, note) that shows how far each stage is."""
+        """Give a function (stage, done, total, note) that shows how far each stage is.
+
+        With a total of 0 the note is a remark, on a line of its own.
+        """
         if not self._draws:
             shown: dict[str, int] = {}
 
             def plain(stage: str, done: int, total: int, note: str = "") -> None:
+                if not total:
+                    self.say(note)
+                    return
                 tenth = 10 * done // max(total, 1)
                 if tenth != shown.get(stage):
                     shown[stage] = tenth
@@ -83,6 +89,9 @@ class Reporter:
             bars: dict[str, TaskID] = {}
 
             def draw(stage: str, done: int, total: int, note: str = "") -> None:
+                if not total:
+                    self.say(note)
+                    return
                 if stage not in bars:
                     bars[stage] = progress.add_task(stage, total=total, note="")
                 progress.update(bars[stage], completed=done, total=total, note=note)

@@ -8,6 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dinotrain.backbones.convnets.backbone import init_weights_ as init_convnet_weights_
+from dinotrain.backbones.convnets.config import ConvNetConfig
+from dinotrain.backbones.convnets.table import build_convnet
+from dinotrain.backbones.convnets.weights import save_convnet
 from dinotrain.backbones.vit import VisionTransformer, ViTConfig, init_weights_
 from dinotrain.backbones.weights import save_backbone
 
@@ -23,6 +27,18 @@ def tiny_backbone(tmp_path_factory) -> Path:
         model = init_weights_(VisionTransformer(config))
     path = tmp_path_factory.mktemp("backbone") / "tiny.safetensors"
     save_backbone(model, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_convnet(tmp_path_factory) -> Path:
+    """Return a file with a small random EfficientNet."""
+    config = ConvNetConfig(name="small", family="efficientnet", width=0.25, depth=0.3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = init_convnet_weights_(build_convnet(config))
+    path = tmp_path_factory.mktemp("convnet") / "small.safetensors"
+    save_convnet(model, path)
     return path
 
 

@@ -348,9 +348,19 @@ def test_a_nan_loss_keeps_the_last_good_weights(config, monkeypatch, tmp_path):
     good = train(change(config, epochs=4, schedule="constant"))
     # Three batches per epoch: batch 8 is the second of epoch 3.
     spoil(monkeypatch, after=7)
-    path = train(change(config, out=tmp_path / "b.safetensors", schedule="constant"))
+    told = []
+    out = tmp_path / "b.safetensors"
+    path = train(
+        change(config, out=out, schedule="constant"),
+        lambda stage, done, total, note="": told.append(note),
+    )
     story = read_config(path).training
     assert story["stopped"].startswith("the loss is nan in epoch 3, batch 2; the weights of epoch")
+    # Who was in the batch is told, and not written into what is passed on.
+    names = told[-1].removeprefix("samples of that batch: ").split(", ")
+    assert len(names) == 8
+    assert set(names) <= {f"s{n}/{'LR'[n % 2]}" for n in range(30)}
+    assert "s1/" not in str(story)
     assert story["log"]["loss"] == read_config(good).training["log"]["loss"][:2]
     load_checkpoint(path)
 
@@ -359,7 +369,7 @@ def test_a_nan_loss_at_once_is_an_error_and_leaves_the_output(config, monkeypatc
     path = train(config)
     before = path.read_bytes()
     spoil(monkeypatch, after=1)
-    with pytest.raises(UsageError, match=r"nan in epoch 1, batch 2.*Lower the learning"):
+    with pytest.raises(UsageError, match=r"nan in epoch 1, batch 2.*Lower the learning.*: s\d"):
         train(config)
     assert path.read_bytes() == before
 

@@ -11,10 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from dinotrain.backbones.convnets.backbone import init_weights_
-from dinotrain.backbones.convnets.config import ConvNetConfig
-from dinotrain.backbones.convnets.table import build_convnet
-from dinotrain.backbones.convnets.weights import save_convnet
 from dinotrain.checkpoint import load_checkpoint, read_config
 from dinotrain.digests import digest
 from dinotrain.errors import UsageError
@@ -151,15 +147,6 @@ def test_a_clipped_gradient_takes_small_steps(config, tmp_path):
     held = tensors(train(change(recipe, clip_norm=1e-3, out=tmp_path / "c.safetensors")))
     name = "head.members.0.mrd.4.weight"
     assert (held[name] - one[name]).norm() < 0.1 * (free[name] - one[name]).norm()
-
-
-@pytest.fixture(scope="module")
-def tiny_convnet(tmp_path_factory) -> Path:
-    config = ConvNetConfig(name="small", family="efficientnet", width=0.25, depth=0.3)
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("convnet") / "small.safetensors"
-    save_convnet(init_weights_(build_convnet(config)), path)
-    return path
 
 
 @pytest.mark.parametrize("live", [False, True])

@@ -24,6 +24,7 @@ from dinotrain.errors import DataError, WeightsError
 from dinotrain.feature_cache import DTYPES, FeatureCache, Precision
 from dinotrain.heads.pool import Features
 from dinotrain.model import TaskModel
+from dinotrain.pace import Pace
 from dinotrain.sources import Batch, Dropped
 
 CACHE_VERSION = 2
@@ -33,7 +34,10 @@ SHOWN = 10
 
 
 class Progress(Protocol):
-    """Called as work goes on; ``done`` of ``total`` units of a stage, and a few words."""
+    """Called as work goes on; ``done`` of ``total`` units of a stage, and a few words.
+
+    Where ``total`` is 0 there is no work, only the words: a remark on a line of its own.
+    """
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
         """Tell how far a stage is."""
@@ -157,13 +161,14 @@ class FeatureStore:
                 missing.append(item)
             else:
                 self._hold(self.key(*item), found)
-        done = len(wanted) - len(missing)
+        pace, cached = Pace("pictures"), len(wanted) - len(missing)
+        done = cached
         progress("features", done, len(wanted), f"{done} cached")
         problems: list[str] = []
         for batch in _batches(missing, self._batch_size()):
             self._compute(batch, problems)
             done += len(batch)
-            progress("features", done, len(wanted))
+            progress("features", done, len(wanted), pace.note(done - cached))
         if problems:
             more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
             raise DataError(";\n  ".join([*problems[:SHOWN], *more]))

@@ -75,6 +75,8 @@ def write_model(
             "baseline": objective.baseline(reference),
             "label_step": dataset.label_step(),
             "no_intervals": unsure,
+            # The names of files and people stay out of what is passed on.
+            "skipped": len(dataset.skipped),
         }
         | log,
         versions=_versions(),
@@ -82,7 +84,14 @@ def write_model(
     dtype = torch.float16 if config.weights == "float16" else torch.float32
     save_checkpoint(model, header, config.out, dtype)
     if config.report:
-        write_training_report(report_path(config.out), model, header, objective.error_name, judged)
+        write_training_report(
+            report_path(config.out),
+            model,
+            header,
+            objective.error_name,
+            judged,
+            model.task.summarise(dataset),
+        )
     return config.out
 
 

@@ -20,8 +20,16 @@ from dinotrain.backbones import load_backbone
 from dinotrain.backbones.loading import Backbone
 from dinotrain.checkpoint import CheckpointConfig, load_checkpoint
 from dinotrain.data.dataset import Dataset
+from dinotrain.data.judging import told_of_checks
+from dinotrain.data.summary import skipped_lines, summary_lines
 from dinotrain.errors import DataError, UsageError, unknown_name
-from dinotrain.features import FeatureStore, Progress, default_cache, silent, weights_digest
+from dinotrain.features import (
+    FeatureStore,
+    Progress,
+    default_cache,
+    silent,
+    weights_digest,
+)
 from dinotrain.finish import round_to_half_, write_model
 from dinotrain.heads.branch import HeadConfig
 from dinotrain.heads.build import choose_features
@@ -30,6 +38,7 @@ from dinotrain.loop import Run, predict, prepare_backbone_, seed_for
 from dinotrain.model import ModelConfig, TaskModel
 from dinotrain.sources import Pictures, Source
 from dinotrain.tasks import get_task
+from dinotrain.tasks.base import Task
 from dinotrain.train_config import TrainConfig
 from dinotrain.training_state import state_path
 
@@ -39,7 +48,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
 
     Args:
         config: what to do.
-        progress: told of the stages "features" and "training" as they go.
+        progress: told of the stages "check", "features" and "training" as they go, and of what is
+            in the data.
 
     Returns:
         The checkpoint's path. An earlier file there is replaced only once training is done.
@@ -50,7 +60,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     fabric = launch(config)
     report = (progress or silent) if fabric.is_global_zero else silent
     task = get_task(config.task)
-    dataset = task.read(config.data, image_size=config.image_size, seed=config.seed)
+    dataset = read_data(config, task, report)
     backbone = load_backbone(config.backbone, config.image_size)
     config = decide(config, backbone)
     model = build_model(config, backbone, dataset.classes).to(fabric.device)
@@ -85,8 +95,46 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     return config.out
 
 
+def read_data(
+    config: TrainConfig, task: Task, report: Progress = silent, *, tell: bool = True
+) -> Dataset:
+    """Read what a run trains on.
+
+    Args:
+        config: names the data.
+        task: reads them.
+        report: told of the stage "check".
+        tell: whether ``report`` is told what is in the data, too.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+    dataset = task.read(
+        config.data,
+        image_size=config.image_size,
+        seed=config.seed,
+        skip_unreadable=config.skip_unreadable,
+        progress=told_of_checks(report),
+    )
+    if tell:
+        for line in summary_lines(task.summarise(dataset)):
+            report("data", 0, 0, line)
+    return dataset
+
+
 def launch(config: TrainConfig) -> Fabric:
     """Start the processes that a run is shared among; each goes on from here.
+
+    Raises:
+        UsageError: the device or the strategy is not to be had.
+    """
+    fabric = make_fabric(config)
+    fabric.launch()
+    return fabric
+
+
+def make_fabric(config: TrainConfig) -> Fabric:
+    """Return what a run is shared by, not yet started.
 
     Raises:
         UsageError: the device or the strategy is not to be had.
@@ -103,14 +151,12 @@ def launch(config: TrainConfig) -> Fabric:
     precision = {"off": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}[config.amp]
     if config.amp == "float16" and device.type != "cuda":
         raise UsageError("amp float16 needs a GPU. Use bfloat16, or off.")
-    fabric = Fabric(
+    return Fabric(
         accelerator=device.type,
         devices=config.devices,
         strategy=strategy,
         precision=cast(Any, precision),
     )
-    fabric.launch()
-    return fabric
 
 
 def decide(config: TrainConfig, backbone: Backbone) -> TrainConfig:
@@ -154,6 +200,7 @@ def evaluate(
     split: Literal["train", "val", "test", "all"] = "test",
     cache: Path | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    skip_unreadable: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Judge a checkpoint on labelled data.
@@ -164,13 +211,14 @@ def evaluate(
         split: which samples.
         cache: folder of cached features.
         device: where to compute.
-        progress: told of the stage "features".
+        skip_unreadable: leave out pictures that cannot be read.
+        progress: told of the stages "check" and "features".
 
     Returns:
         {split, samples, subjects, source, synthetic, dataset_fingerprint, seen_in_training,
-        targets: metrics of the task}. The baseline is what the training labels gave.
-        ``seen_in_training`` is true where the data are those of the training and the split holds
-        train or val subjects.
+        skipped: what was left out, targets: metrics of the task}. The baseline is what the training
+        labels gave. ``seen_in_training`` is true where the data are those of the training and the
+        split holds train or val subjects.
 
     Raises:
         DinoError: the checkpoint or the data cannot be used, or the split is empty.
@@ -178,13 +226,22 @@ def evaluate(
     model, config = load_checkpoint(checkpoint)
     model.to(pick_device(device))
     seed = config.training.get("seed", 0)
-    dataset = model.task.read(data, image_size=config.image_size, seed=seed)
+    report = progress or silent
+    dataset = model.task.read(
+        data,
+        image_size=config.image_size,
+        seed=seed,
+        skip_unreadable=skip_unreadable,
+        progress=told_of_checks(report),
+    )
+    for line in skipped_lines(dataset.skipped):
+        report("data", 0, 0, line)
     splits = ("train", "val", "test") if split == "all" else (split,)
     chosen = dataset.split(*splits)
     if not chosen.samples:
         raise DataError(f"{data}: no sample is in the split '{split}'. Name another one, or 'all'.")
     store = FeatureStore(model, cache or default_cache())
-    store.prepare(chosen, progress or silent)
+    store.prepare(chosen, report)
     _check_classes(dataset, config, data)
     baseline = config.training.get("baseline", {})
     names = model.task.label_names(config.classes)
@@ -201,6 +258,7 @@ def evaluate(
         "synthetic": chosen.synthetic,
         "dataset_fingerprint": dataset.fingerprint,
         "seen_in_training": dataset.fingerprint == config.dataset_fingerprint and split != "test",
+        "skipped": list(dataset.skipped),
         "targets": targets,
     }
 

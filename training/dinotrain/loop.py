@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from dinotrain.features import Progress
 from dinotrain.heads.pool import Features
 from dinotrain.model import TaskModel
 from dinotrain.objectives.base import Objective, Predictions
+from dinotrain.pace import Pace
 from dinotrain.report.event_log import EventLog
 from dinotrain.schedule import rate_factor
 from dinotrain.sources import Batch, Dropped, Source
@@ -40,6 +41,8 @@ from dinotrain.training_state import (
 )
 
 EVALUATION_BATCH = 64
+SHOWN = 10
+"""Samples of a bad batch that are named."""
 
 
 class Trainee(nn.Module):
@@ -141,15 +144,21 @@ class Run:
         log = self._open_log(journal.epoch + 1)
         while journal.epoch < self.config.epochs and not journal.stopped:
             epoch = journal.epoch + 1
-            loss, problem = self._epoch(epoch)
-            if problem:
+            pace = Pace("samples")
+            loss, fault = self._epoch(epoch)
+            speed = pace.note(len(self.samples))
+            if fault is not None:
                 if not journal.best_epoch:
                     raise UsageError(
-                        f"{problem}, and no epoch was finished. Lower the learning rate "
-                        f"({self.config.lr:g})."
+                        f"{fault.text}, and no epoch was finished. Lower the learning rate "
+                        f"({self.config.lr:g}), or look at its samples: {fault.samples}"
                     )
-                journal.stopped = f"{problem}; the weights of epoch {journal.best_epoch} are kept"
+                # The journal becomes a part of the checkpoint, which names nobody.
+                journal.stopped = (
+                    f"{fault.text}; the weights of epoch {journal.best_epoch} are kept"
+                )
                 report("training", journal.epoch, self.config.epochs, journal.stopped)
+                report("training", 0, 0, f"samples of that batch: {fault.samples}")
                 return
             self._close(epoch, loss)
             if self.fabric.is_global_zero:
@@ -158,15 +167,16 @@ class Run:
                 entry, rates = journal.log[-1], [g["lr"] for g in self.optimizer.param_groups]
                 named = {"loss": entry.loss, f"val/{self.objective.error_name}": entry.val_error}
                 log.scalars(epoch, {**named, **entry.figures, "learning rate": rates[0]})
-            report("training", epoch, self.config.epochs, _line(journal, self.objective.error_name))
+            words = [_line(journal, self.objective.error_name), speed]
+            report("training", epoch, self.config.epochs, ", ".join(filter(None, words)))
 
     def _open_log(self, first_epoch: int) -> EventLog | None:
         if self.config.events is None or not self.fabric.is_global_zero:
             return None
         return EventLog(self.config.events, first_epoch if self.config.resume else 0)
 
-    def _epoch(self, epoch: int) -> tuple[float, str]:
-        """Train one epoch; returns the mean loss, and what went wrong or nothing."""
+    def _epoch(self, epoch: int) -> "tuple[float, _Fault | None]":
+        """Train one epoch; returns the mean loss, and what went wrong if anything did."""
         config, order, hidden = self.config, *self._draw(epoch)
         starts = range(0, len(order), config.batch_size)
         total = 0.0
@@ -184,14 +194,41 @@ class Run:
                 with self.fabric.no_backward_sync(self.trainee, enabled=not last):
                     loss = self._loss(chosen, hidden, epoch)
                     if not bool(loss.isfinite()):
-                        return total, f"the loss is {loss.item()} in epoch {epoch}, batch {batch}"
+                        text = f"the loss is {loss.item()} in epoch {epoch}, batch {batch}"
+                        return total, self._blame(text, order, batch)
                     self.fabric.backward(loss / config.accumulate)
                 if last:
                     self._step()
                 total += loss.item() * len(chosen)
-        if not all(bool(value.isfinite().all()) for value in self.parameters.values()):
-            return total, f"weights are not finite after epoch {epoch}, batch {len(starts)}"
-        return total / len(order), ""
+        if not self._is_finite():
+            text = f"weights are not finite after epoch {epoch}, batch {len(starts)}"
+            return total, _Fault(text, self._names(order, len(starts)))
+        return total / len(order), None
+
+    def _is_finite(self) -> bool:
+        return all(bool(value.isfinite().all()) for value in self.parameters.values())
+
+    def _blame(self, text: str, order: list[int], batch: int) -> "_Fault":
+        """Name the samples that a loss which is not finite comes from: its own, or the last step's.
+
+        Args:
+            text: what happened.
+            order: of the epoch's samples.
+            batch: from 1.
+        """
+        before = (batch - 1) // self.config.accumulate * self.config.accumulate
+        if self._is_finite() or not before:
+            return _Fault(text, self._names(order, batch))
+        # A gradient ruined the weights: its samples are what to look at.
+        text += f", because the step of batch {before} left weights that are not finite"
+        return _Fault(text, self._names(order, before))
+
+    def _names(self, order: list[int], batch: int) -> str:
+        """Name the samples of a batch (from 1), the first ten of them."""
+        size = self.config.batch_size
+        chosen = [self.samples[i].name for i in order[(batch - 1) * size : batch * size]]
+        more = f" and {len(chosen) - SHOWN} more" if len(chosen) > SHOWN else ""
+        return ", ".join(chosen[:SHOWN]) + more
 
     def _step(self) -> None:
         if self.config.clip_norm:
@@ -312,6 +349,13 @@ class Run:
             for name, value in self.model.state_dict().items()
             if self.live or not name.startswith("backbone.")
         }
+
+
+class _Fault(NamedTuple):
+    """Why an epoch ended: what happened, and the samples that it happened with."""
+
+    text: str
+    samples: str
 
 
 def build_optimizer(config: TrainConfig, model: TaskModel) -> torch.optim.Optimizer:

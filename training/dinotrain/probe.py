@@ -39,7 +39,7 @@ from dinotrain.backbones.vit import ViTConfig
 from dinotrain.data.dataset import Dataset, Sample, Split
 from dinotrain.errors import DataError, UsageError
 from dinotrain.features import FeatureStore, Progress, default_cache, silent
-from dinotrain.fit import build_model, pick_device, write_model
+from dinotrain.fit import build_model, pick_device, read_data, write_model
 from dinotrain.heads.branch import HeadConfig
 from dinotrain.heads.pool import CLS_KINDS, FeatureConfig
 from dinotrain.sources import Batch, Dropped
@@ -119,7 +119,7 @@ def probe(
     device = pick_device(config.device)
     if "probe" not in task.heads:
         raise UsageError(f"task {config.task} has no linear probe; use `dinoexport train`")
-    dataset = task.read(config.data, image_size=config.image_size, seed=config.seed)
+    dataset = read_data(config, task, report)
     if not dataset.classes:
         raise UsageError(f"task {config.task} has no classes to probe; use `dinoexport train`")
     if not dataset.split("val").samples:

@@ -44,6 +44,7 @@ _PLACES = (
     "devices",
     "strategy",
     "resume",
+    "skip_unreadable",
     "report",
     "events",
     "backbone_note",
@@ -141,6 +142,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """How cached features are stored; float16 takes half of the disk and rounds what is read."""
     backbone_note: str = ""
     """What the backbone was trained on, where its file does not say so."""
+    skip_unreadable: bool = False
+    """Whether pictures that cannot be read are left out instead of refused."""
     resume: bool = False
     report: bool = False
     """Whether a page about the model is written beside it."""

@@ -17,7 +17,7 @@ import typer
 
 from dinoexport.cli.app import ImageSize, Json, Seed, TaskName, app
 from dinoexport.cli.output import check_file, one_of, parse_size, print_json
-from dinoexport.cli.training import Cache, Device, print_metrics, resolve_backbone
+from dinoexport.cli.training import Cache, Device, SkipUnreadable, print_metrics, resolve_backbone
 from dinotrain.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -147,11 +147,20 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where a run was cut off.")
     ] = False,
+    skip_unreadable: SkipUnreadable = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Train a head on frozen features, or with its backbone."""
     check_file(out, ".safetensors")
     config = _config(context.params, _given(context))
+    if dry_run:
+        from dinoexport.cli.run_plan import print_plan
+
+        print_plan(config, json)
+        return
     from dinoexport.console import Reporter, quiet_beside
     from dinotrain.checkpoint import read_config
     from dinotrain.fit import train as run_train

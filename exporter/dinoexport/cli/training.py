@@ -29,6 +29,10 @@ Cache = Annotated[
     Path | None, typer.Option(help="Folder of cached features; the platform's if left out.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+SkipUnreadable = Annotated[
+    bool,
+    typer.Option("--skip-unreadable", help="Leave out pictures that cannot be read, and say so."),
+]
 
 
 @data_app.command("synth")
@@ -80,29 +84,24 @@ def check(
         Path, typer.Argument(metavar="DATA", help="A manifest, or the folder that holds it.")
     ],
     task: TaskName = "eyelid",
+    skip_unreadable: SkipUnreadable = False,
     json: Json = False,
 ) -> None:
     """Read a data set as `train` would, and say what is in it."""
+    from dinoexport.cli.data_summary import print_summary
+    from dinoexport.console import Reporter
+    from dinotrain.data.judging import told_of_checks
     from dinotrain.tasks import get_task
 
-    dataset = get_task(task).read(data, image_size=(224, 224))
-    splits = {name: len(dataset.split(name).samples) for name in ("train", "val", "test")}
-    facts = {
-        "data": str(data),
-        "samples": len(dataset.samples),
-        "subjects": len({s.subject_id for s in dataset.samples}),
-        "splits": splits,
-        "classes": dataset.class_counts(),
-        "fingerprint": dataset.fingerprint,
-    }
-    if json:
-        print_json(facts)
-        return
-    for key in ("splits", "classes"):
-        facts[key] = ", ".join(f"{name} {count}" for name, count in facts[key].items())
-    for key, value in facts.items():
-        if value:
-            typer.echo(f"{key:12} {one_line(str(value))}")
+    chosen = get_task(task)
+    with Reporter().tracker() as track:
+        dataset = chosen.read(
+            data,
+            image_size=(224, 224),
+            skip_unreadable=skip_unreadable,
+            progress=told_of_checks(track),
+        )
+    print_summary(data, chosen.summarise(dataset), json)
 
 
 @app.command()
@@ -123,6 +122,7 @@ def probe(
     seed: Seed = 0,
     device: Device = "auto",
     cache: Cache = None,
+    skip_unreadable: SkipUnreadable = False,
     json: Json = False,
 ) -> None:
     """Sweep linear classifiers over learning rates and features; k-NN beside them."""
@@ -144,6 +144,7 @@ def probe(
         seed=seed,
         device=one_of("device", device, ("auto", "cpu", "cuda")),
         cache=cache,
+        skip_unreadable=skip_unreadable,
     )
     with Reporter().tracker() as track, quiet_beside(out):
         result = run_probe(config, iterations, track, chosen)
@@ -185,6 +186,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, val, test or all.")] = "test",
     device: Device = "auto",
     cache: Cache = None,
+    skip_unreadable: SkipUnreadable = False,
     json: Json = False,
 ) -> None:
     """Judge a checkpoint on labelled data, beside the mean predictor."""
@@ -198,6 +200,7 @@ def evaluate(
             split=one_of("split", split, ("train", "val", "test", "all")),
             cache=cache,
             device=one_of("device", device, ("auto", "cpu", "cuda")),
+            skip_unreadable=skip_unreadable,
             progress=track,
         )
     if json:

@@ -32,8 +32,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(path: Path, seed: int = 0):
-    return read_class_folder(path, image_size=SIZE, seed=seed)
+def read(path: Path, seed: int = 0, **options):
+    return read_class_folder(path, image_size=SIZE, seed=seed, **options)
 
 
 def test_classes_are_numbered_by_name(folder):
@@ -86,9 +86,9 @@ def test_a_class_may_be_called_test(tmp_path):
     assert read(tmp_path).classes == ("test", "train")
 
 
-def refusal(path: Path) -> str:
+def refusal(path: Path, **options) -> str:
     with pytest.raises(DataError) as caught:
-        read(path)
+        read(path, **options)
     return str(caught.value)
 
 
@@ -103,22 +103,70 @@ def test_what_is_no_data_set(folder, tmp_path):
 def test_problems_are_listed_together(folder):
     (folder / "bird").mkdir()
     (folder / "cat" / "broken.png").write_bytes(b"no picture")
-    Image.fromarray(np.zeros((40, 40), np.uint8)).save(folder / "cat" / "grey.png")
+    Image.fromarray(np.zeros((40, 40), np.uint16)).save(folder / "cat" / "deep16.png")
     source = folder / "dog" / "deep" / "0.png"
     (folder / "cat" / "dog.png").write_bytes(source.read_bytes())
     error = refusal(folder)
-    for part in ("class 'bird' has no picture", "broken.png", "grey.png", "of two classes"):
+    for part in ("class 'bird' has no picture", "broken.png", "deep16.png", "of two classes"):
         assert part in error
     assert "cat/dog.png" in error
     assert "dog/deep/0.png" in error
 
 
-def test_at_most_ten_problems_are_shown(folder):
+def test_ten_problems_are_told_and_all_that_cannot_be_read_are_named(folder):
     for index in range(14):
         (folder / "cat" / f"bad{index:02}.png").write_bytes(b"x")
     error = refusal(folder)
-    assert error.count("bad") == 10
-    assert error.endswith("and 4 more")
+    assert error.startswith(f"{folder}: 14 problems:")
+    assert error.count("not a picture") == 10
+    tail = "and 4 more, of which cannot be read: "
+    assert tail + ", ".join(f"cat/bad{index}.png" for index in range(10, 14)) in error
+    assert error.endswith("--skip-unreadable.")
+
+
+def test_unreadable_pictures_can_be_left_out_but_nothing_else(folder):
+    whole = read(folder)
+    broken = folder / "dog" / "deep" / "3.png"
+    # Whole by its header: only decoding tells.
+    broken.write_bytes(broken.read_bytes()[:-300])
+    (folder / "cat" / "bad.png").write_bytes(b"x")
+    assert "2 problems" in refusal(folder)
+    dataset = read(folder, skip_unreadable=True)
+    assert len(dataset.samples) == len(whole.samples) - 1
+    assert [text.split(":")[0] for text in dataset.skipped] == ["cat/bad.png", "dog/deep/3.png"]
+    assert "truncated" in dataset.skipped[1]
+    broken.unlink()
+    (folder / "cat" / "bad.png").unlink()
+    # What was used is what the fingerprint is of.
+    assert read(folder).fingerprint == dataset.fingerprint != whole.fingerprint
+    for file in (folder / "cat").rglob("*.png"):
+        file.write_bytes(b"")
+    assert "class 'cat' has no picture that can be read" in refusal(folder, skip_unreadable=True)
+
+
+def test_copies_and_small_classes_are_noted(folder):
+    source = folder / "dog" / "deep" / "0.png"
+    (folder / "dog" / "again.png").write_bytes(source.read_bytes())
+    for index in range(120):
+        picture(folder / "fox" / f"{index}.png", 100 + index)
+    dataset = read(folder)
+    assert dataset.notes == (
+        "1 picture is copies of others, such as dog/deep/0.png of dog/again.png; copies stay in "
+        "one split",
+    )
+    notes = get_task("classify").summarise(dataset).notes
+    train = dataset.split("train").class_counts()
+    assert notes[1:] == (
+        f"class 'cat' has {train['cat']} training samples: less than a tenth of 'fox' "
+        f"({train['fox']}), and fewer than 10",
+    )
+    assert train["dog"] >= 10
+
+
+def test_a_class_without_samples_in_a_split_is_noted(tmp_path):
+    for index, name in enumerate(("train/a", "train/b", "val/a", "val/b", "test/a")):
+        picture(tmp_path / name / "1.png", index)
+    assert read(tmp_path).notes == ("class 1 'b' is empty in test",)
 
 
 def test_a_picture_in_two_given_splits_is_refused(tmp_path):

@@ -49,12 +49,19 @@ class Folder:
             writer.writerows(self.rows)
         return file
 
-    def read(self, path=None, seed=0) -> Dataset:
-        return read_manifest(path or self.write(), image_size=(28, 28), window_mm=40.0, seed=seed)
+    def read(self, path=None, seed=0, **options) -> Dataset:
+        return read_manifest(
+            path or self.write(), image_size=(28, 28), window_mm=40.0, seed=seed, **options
+        )
 
-    def refuses(self, *messages: str) -> str:
+    def spoil(self, row: dict[str, str]) -> None:
+        """Cut a row's picture short behind its header: only decoding tells."""
+        path = self.path / row["path"]
+        path.write_bytes(path.read_bytes()[:-300])
+
+    def refuses(self, *messages: str, **options) -> str:
         with pytest.raises(DataError) as caught:
-            self.read()
+            self.read(**options)
         text = str(caught.value)
         for message in messages:
             assert message in text
@@ -168,7 +175,8 @@ def test_the_fingerprint_follows_content_not_place(folder, tmp_path):
         ({"split": "training"}, "split is 'training', not one of train, val, test"),
         ({"mrd1_mm": "three"}, "mrd1_mm is 'three', not a number"),
         ({"mrd1_mm": "3,5"}, "write a decimal point"),
-        ({"mrd2_mm": "nan"}, "mrd2_mm is 'nan'; leave it blank"),
+        ({"px_per_mm": "nan"}, "px_per_mm is 'nan'; leave it blank"),
+        ({"mrd2_mm": "-inf"}, "mrd2_mm is '-inf'; leave it blank"),
         ({"lf_mm": "inf"}, "lf_mm is 'inf'; leave it blank"),
         ({"lf_mm": "122.5"}, "lf_mm is 122.5, the range is 0 up to 32"),
         ({"mrd1_mm": "-6.1"}, "mrd1_mm is -6.1, the range is -6 up to 10"),
@@ -291,6 +299,79 @@ def test_a_missing_manifest(tmp_path):
 def test_no_train_rows(folder):
     folder.add(split="test")
     folder.refuses("no row is in the split 'train'")
+
+
+@pytest.mark.parametrize("text", ["", "nan", "NaN"])
+def test_a_missing_label_is_masked(folder, text):
+    folder.add(lf_mm=text)
+    values = folder.read().samples[0].values
+    assert math.isnan(values["lf"])
+    assert values["mrd1"] == 3.5
+
+
+# --- pictures that cannot be read
+
+
+def test_all_rows_whose_picture_cannot_be_read_are_named(folder):
+    for number in range(13):
+        folder.spoil(folder.add(f"s{number}"))
+    folder.rows[0]["mrd1_mm"] = "99"
+    text = folder.refuses("14 problems", "row 2: mrd1_mm is 99", "row 2: images/0.png: the picture")
+    assert text.count("truncated or damaged") == 9
+    assert "and 4 more, of which cannot be read: row 11, row 12, row 13, row 14\n" in text
+    assert text.endswith("--skip-unreadable.")
+
+
+def test_an_eye_keeps_its_other_pictures_or_is_left_out(folder):
+    for gaze in GAZES:
+        folder.add(gaze=gaze, lf_mm="12.25" if gaze == "up" else "")
+    for gaze in GAZES:
+        folder.add("s2", gaze=gaze)
+    folder.add("s3")
+    folder.spoil(folder.rows[1])
+    folder.spoil(folder.rows[3])
+    folder.rows[6]["path"] = "images/none.png"
+    dataset = folder.read(skip_unreadable=True)
+    (eye,) = dataset.samples
+    assert list(eye.images) == ["primary", "down"]
+    # The label stands in the row of the lost picture, and is the eye's.
+    assert eye.values["lf"] == 12.25
+    up, primary, missing = dataset.skipped
+    assert up.startswith("row 3: images/1.png: the picture is truncated")
+    assert up.endswith("Eye s1/R keeps its other pictures.")
+    assert primary.startswith("row 5: images/3.png")
+    assert primary.endswith("Eye s2/R is left out.")
+    assert "row 8: images/none.png: no such picture" in missing
+    folder.rows = [folder.rows[0], folder.rows[2]]
+    folder.rows[0]["lf_mm"] = "12.25"
+    assert folder.read().fingerprint == dataset.fingerprint
+
+
+def test_nothing_else_is_let_through_with_unreadable_pictures(folder):
+    folder.add()
+    folder.spoil(folder.add("s2", split="val"))
+    folder.add("s2", eye="L", split="test", mrd1_mm="-7")
+    folder.refuses("1 problem:", "row 4: mrd1_mm is -7", skip_unreadable=True)
+    folder.rows[2]["mrd1_mm"] = "3"
+    folder.refuses("row 4: subject 's2' is in 'test' here and in 'val'", skip_unreadable=True)
+    folder.rows = folder.rows[1:2]
+    folder.refuses("no eye is left. row 2: images/1.png", skip_unreadable=True)
+
+
+def test_progress_counts_pictures(folder):
+    for subject in "abc":
+        folder.add(subject)
+    told = []
+    folder.read(progress=lambda done, total: told.append((done, total)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_subjects_that_differ_in_case_alone_are_noted(folder):
+    folder.add("S1")
+    folder.add("s1", split="test")
+    folder.add("s2")
+    (note,) = folder.read().notes
+    assert "'S1' and 's1' count as two" in note
 
 
 def test_synthetic_data_say_so(folder):

@@ -8,7 +8,13 @@ import pytest
 from PIL import Image
 from skimage.transform import downscale_local_mean
 
-from dinotrain.data.images import check_image, crop_window, fit_image, read_image
+from dinotrain.data.images import (
+    check_image,
+    crop_window,
+    fit_image,
+    read_image,
+    verify_image,
+)
 from dinotrain.errors import DataError, ShapeError
 
 
@@ -64,6 +70,27 @@ def test_opaque_alpha_and_palettes_are_converted(photo, tmp_path):
     assert np.array_equal(read_image(tmp_path / "p.png"), np.array(palette.convert("RGB")))
 
 
+@pytest.mark.parametrize("suffix", ["png", "tiff", "bmp", "jpg"])
+def test_greyscale_is_repeated_in_all_channels(photo, tmp_path, suffix):
+    path = save(photo[..., 0], tmp_path / f"a.{suffix}")
+    found = read_image(path)
+    assert found.shape == (48, 64, 3)
+    assert check_image(path) == verify_image(path) == (48, 64)
+    # What Pillow itself decodes; JPEG loses some of it.
+    wanted = np.array(Image.open(path))
+    assert wanted.ndim == 2
+    assert all(np.array_equal(found[..., channel], wanted) for channel in range(3))
+
+
+def test_transparent_greyscale_becomes_black(photo, tmp_path):
+    alpha = np.full(photo.shape[:2], 255, np.uint8)
+    alpha[:10] = 0
+    path = save(np.dstack([photo[..., 0], alpha]), tmp_path / "a.png")
+    found = read_image(path)
+    assert not found[:10].any()
+    assert np.array_equal(found[10:], np.repeat(photo[10:, :, :1], 3, axis=2))
+
+
 def test_transparency_becomes_black(photo, tmp_path):
     alpha = np.full(photo.shape[:2], 255, np.uint8)
     alpha[:10] = 0
@@ -83,10 +110,9 @@ def test_the_first_frame_of_an_animation_is_read(photo, tmp_path):
 @pytest.mark.parametrize(
     ("mode", "suffix", "message"),
     [
-        ("L", "png", "greyscale"),
-        ("LA", "png", "greyscale"),
         ("1", "png", "black and white"),
         ("I;16", "png", "16 bits"),
+        ("I;16", "tiff", "16 bits"),
         ("I", "tiff", "32-bit greyscale"),
         ("F", "tiff", "floating-point"),
         ("CMYK", "jpg", "CMYK"),
@@ -143,8 +169,9 @@ def test_a_tiny_picture_is_refused(tmp_path):
 def test_a_truncated_picture_is_refused(photo, tmp_path, suffix):
     path = save(photo, tmp_path / f"a.{suffix}")
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    with pytest.raises(DataError, match="a\\." + suffix):
-        read_image(path)
+    for read in (read_image, verify_image):
+        with pytest.raises(DataError, match="a\\." + suffix):
+            read(path)
 
 
 @pytest.mark.parametrize(

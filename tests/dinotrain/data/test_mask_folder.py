@@ -22,6 +22,7 @@ from dinotrain.data.dataset import (
 from dinotrain.data.mask_folder import read_mask_folder
 from dinotrain.data.masks import IGNORE
 from dinotrain.errors import DataError
+from dinotrain.tasks import get_task
 
 CLASSES = ("Background", "Dust", "Scratch")
 SIZE = (48, 40)
@@ -285,10 +286,11 @@ def test_unreadable_pairs_can_be_skipped_but_nothing_else(folder):
     assert "2 problems" in refusal(folder)
     data = read(folder, skip_unreadable=True)
     assert len(data.samples) == 18
-    assert [note.split(":")[0] for note in data.notes if note.startswith("skipped")] == [
-        "skipped images/p04.jpg",
-        "skipped masks/p08.png",
-    ]
+    assert [text.split(":")[0] for text in data.skipped] == ["images/p04.jpg", "masks/p08.png"]
+    assert (
+        data.skipped
+        == get_task("segment").read(folder, image_size=(24, 24), skip_unreadable=True).skipped
+    )
     set_ids(folder, "p01", np.full(SIZE, 77))
     text = refusal(folder, skip_unreadable=True)
     assert "1 problem:" in text
@@ -315,7 +317,7 @@ def test_empty_classes_are_noted(folder):
         "masks/p06.png: no pixel has a label",
         "class 1 'Dust' is empty in val",
         "class 2 'Scratch' is empty in val",
-        "class 3 'Rundown' is empty: no mask shows it",
+        "class 3 'Rundown' is empty: no sample shows it",
     )
 
 

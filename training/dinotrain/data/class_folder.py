@@ -3,19 +3,21 @@
     cat/1.jpg  dog/2.jpg                      split 80 : 10 : 10, class by class
     train/cat/1.jpg  val/cat/2.jpg  test/…    split as it lies there
 
-Every picture's header is judged before anything is refused, so that a folder is mended in one go.
+Every picture is judged before anything is refused, so that a folder is mended in one go.
 Source: METHODS D.
 """
 
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
+from dinotrain.data.balance import empty_notes
 from dinotrain.data.dataset import Dataset, ImageRef, Sample, Split, assign_splits, fingerprint
-from dinotrain.data.images import check_image
+from dinotrain.data.judging import Told, judge_all, judge_picture
 from dinotrain.data.origin import read_origin
-from dinotrain.digests import digest
+from dinotrain.data.problems import Problems
 from dinotrain.errors import DataError
 
 LABEL = "class"
@@ -27,11 +29,17 @@ SPLIT_FOLDERS: dict[str, Split] = {
     "validation": "val",
     "test": "test",
 }
-SHOWN = 10
 
 
-def read_class_folder(path: Path, *, image_size: tuple[int, int], seed: int = 0) -> Dataset:
-    """Read a folder of classes.
+def read_class_folder(
+    path: Path,
+    *,
+    image_size: tuple[int, int],
+    seed: int = 0,
+    skip_unreadable: bool = False,
+    progress: Told | None = None,
+) -> Dataset:
+    """Read a folder of classes; every picture is decoded once.
 
     The same picture twice (by its bytes) is one subject, so that it cannot be in two splits.
 
@@ -39,6 +47,9 @@ def read_class_folder(path: Path, *, image_size: tuple[int, int], seed: int = 0)
         path: holds a folder per class, or folders named train, val and test that do.
         image_size: (height, width) of what ``Dataset.load`` gives.
         seed: of the split, where the folders do not give it.
+        skip_unreadable: leave out pictures that cannot be read, and say so in ``Dataset.skipped``,
+            instead of refusing; everything else that is wrong is still refused.
+        progress: told of pictures judged.
 
     Returns:
         Samples in the order of their paths; the value ``class`` is the number of the class, in the
@@ -46,8 +57,8 @@ def read_class_folder(path: Path, *, image_size: tuple[int, int], seed: int = 0)
 
     Raises:
         DataError: no such folder, fewer than two classes, a class without pictures, pictures that
-            cannot be read, one picture in two classes or in two given splits. Up to ten problems
-            are named.
+            cannot be read, one picture in two classes or in two given splits. Ten problems are
+            told in full, and all pictures that cannot be read are named.
     """
     if not path.is_dir():
         raise DataError(f"{path}: no such folder. Give one that holds a folder per class.")
@@ -66,18 +77,20 @@ def read_class_folder(path: Path, *, image_size: tuple[int, int], seed: int = 0)
         raise DataError(
             f"{path}: {len(classes)} classes; two or more are needed, a folder of pictures each"
         )
-    samples, problems = _read(path, roots, classes)
-    if problems:
-        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise DataError(f"{path}: " + ";\n  ".join([*problems[:SHOWN], *more]))
+    problems = Problems(path, skip_unreadable)
+    samples = _read(path, roots, classes, problems, progress)
+    problems.refuse()
     if not given:
         samples = _draw_splits(samples, seed)
     source, synthetic = read_origin(path)
+    notes = [*_repeated_notes(samples), *empty_notes(samples, classes)]
     return Dataset(
         samples=tuple(samples),
         image_size=image_size,
         fingerprint=fingerprint(tuple(samples)),
         classes=classes,
+        notes=tuple(notes),
+        skipped=problems.skipped,
         source=source or path.resolve().name,
         synthetic=synthetic,
     )
@@ -92,45 +105,77 @@ def _is_split(folder: Path) -> bool:
     return folder.name in SPLIT_FOLDERS and bool(_folders(folder))
 
 
+class _File(NamedTuple):
+    """A picture as it lies there."""
+
+    path: Path
+    shown: str
+    """Its path in the folder, for messages."""
+    name: str
+    """Its class."""
+    split: Split | None
+
+
+def _list(path: Path, roots: dict[Path, Split | None], name: str) -> list[_File]:
+    """Return the pictures of a class."""
+    return [
+        _File(file, file.relative_to(path).as_posix(), name, split)
+        for root, split in roots.items()
+        for file in sorted((root / name).rglob("*"))
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+    ]
+
+
 def _read(
-    path: Path, roots: dict[Path, Split | None], classes: tuple[str, ...]
-) -> tuple[list[Sample], list[str]]:
+    path: Path,
+    roots: dict[Path, Split | None],
+    classes: tuple[str, ...],
+    problems: Problems,
+    progress: Told | None,
+) -> list[Sample]:
+    files = [file for name in classes for file in _list(path, roots, name)]
     samples: list[Sample] = []
-    problems: list[str] = []
-    seen: dict[str, tuple[str, Split | None, str]] = {}
-    for name in classes:
-        files: list[tuple[Path, Split | None]] = [
-            (file, split)
-            for root, split in roots.items()
-            for file in sorted((root / name).rglob("*"))
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-        ]
-        if not files:
-            problems.append(f"class '{name}' has no picture ({', '.join(SUFFIXES)})")
-        for file, split in files:
-            shown = str(file.relative_to(path))
-            try:
-                check_image(file)
-                found = digest(file)
-            except (DataError, OSError) as error:
-                problems.append(str(error))
-                continue
-            first: tuple[str, Split | None, str] = (name, split, shown)
-            other_name, other_split, other = seen.setdefault(found, first)
-            if other_name != name:
-                problems.append(f"{other} and {shown} are the same picture, of two classes")
-            if other_split != split:
-                problems.append(f"{other} and {shown} are the same picture, in two splits")
-            samples.append(
-                Sample(
-                    subject_id=found[:16],
-                    part=shown,
-                    split="train" if split is None else split,
-                    images={"image": ImageRef(path=file, digest=found)},
-                    values={LABEL: float(classes.index(name))},
-                )
+    seen: dict[str, _File] = {}
+    judged = judge_all(judge_picture, [file.path for file in files], progress)
+    for file, found in zip(files, judged, strict=True):
+        if found.problem:
+            problems.unreadable(file.shown, found.problem)
+            continue
+        first = seen.setdefault(found.digest, file)
+        if first.name != file.name:
+            problems.add(file.shown, f"the same picture as {first.shown}, of two classes")
+        if first.split != file.split:
+            problems.add(file.shown, f"the same picture as {first.shown}, in two splits")
+        samples.append(
+            Sample(
+                subject_id=found.digest[:16],
+                part=file.shown,
+                split="train" if file.split is None else file.split,
+                images={"image": ImageRef(path=file.path, digest=found.digest)},
+                values={LABEL: float(classes.index(file.name))},
             )
-    return samples, problems
+        )
+    for name in sorted(set(classes) - {file.name for file in files}):
+        problems.add(name, f"class '{name}' has no picture ({', '.join(SUFFIXES)})")
+    if problems.skips:
+        unread = {file.name for file in files} - {file.name for file in seen.values()}
+        for name in sorted(unread):
+            problems.add(name, f"class '{name}' has no picture that can be read")
+    return samples
+
+
+def _repeated_notes(samples: list[Sample]) -> list[str]:
+    """Note pictures that lie there twice, which are one subject."""
+    first: dict[str, str] = {}
+    again = [s for s in samples if first.setdefault(s.subject_id, s.part) != s.part]
+    if not again:
+        return []
+    noun = "picture is" if len(again) == 1 else "pictures are"
+    one = again[0]
+    return [
+        f"{len(again)} {noun} copies of others, such as {one.part} of {first[one.subject_id]}; "
+        "copies stay in one split"
+    ]
 
 
 def _draw_splits(samples: list[Sample], seed: int) -> list[Sample]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -64,6 +65,14 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
         """Subject and part, for messages."""
         return f"{self.subject_id}/{self.part}"
 
+    def shown(self, classes: Sequence[str]) -> tuple[int, ...]:
+        """Return the numbers of the classes that the sample shows, by its mask or its label."""
+        if self.mask:
+            names = share_names(classes)
+            return tuple(i for i, name in enumerate(names) if self.values[name] > 0)
+        number = self.values.get("class", math.nan)
+        return () if math.isnan(number) else (int(number),)
+
 
 class Dataset(msgspec.Struct, frozen=True, kw_only=True):
     """Samples of one task; ``image_size`` is (height, width) of what ``load`` gives."""
@@ -75,7 +84,9 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True):
     classes: tuple[str, ...] = ()
     """Names of the classes, in the order of their numbers, where samples or pixels have classes."""
     notes: tuple[str, ...] = ()
-    """What is worth a look though accepted: empty classes, masks without a label, skipped files."""
+    """What is worth a look though accepted: empty classes, masks without a label."""
+    skipped: tuple[str, ...] = ()
+    """What was left out because it cannot be read, a line each: file or row, and why."""
     source: str = ""
     """What the data are, in a few words."""
     synthetic: bool = False
@@ -94,11 +105,8 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True):
 
         Empty where there are no classes.
         """
-        if any(sample.mask for sample in self.samples):
-            shares = self.labels(share_names(self.classes))
-            return dict(zip(self.classes, (shares > 0).sum(axis=0).tolist(), strict=True))
-        found = [sample.values.get("class", math.nan) for sample in self.samples]
-        return {name: found.count(float(index)) for index, name in enumerate(self.classes)}
+        counts = Counter(n for sample in self.samples for n in sample.shown(self.classes))
+        return {name: counts[number] for number, name in enumerate(self.classes)}
 
     def class_shares(self) -> dict[str, float]:
         """Share of the labelled pixels per class, {name: share}; empty where there are no masks.

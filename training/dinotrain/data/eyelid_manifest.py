@@ -24,16 +24,18 @@ from dinotrain.data.dataset import (
     assign_splits,
     fingerprint,
 )
-from dinotrain.data.images import MIN_SIDE_PX, check_image
+from dinotrain.data.images import MIN_SIDE_PX
+from dinotrain.data.judging import Judged, Told, judge_all, judge_picture
 from dinotrain.data.origin import read_origin
-from dinotrain.digests import digest
+from dinotrain.data.problems import SHOWN, Problems
 from dinotrain.errors import DataError
 from dinotrain.tasks.base import TargetSpec
 
 GAZES = ("primary", "up", "down")
 REQUIRED = ("subject_id", "eye", "gaze", "path", "mrd1_mm", "mrd2_mm", "lf_mm")
 OPTIONAL = ("px_per_mm", "label_step_mm", "split")
-SHOWN = 10
+PRIMARY = "primary"
+"""The gaze that every eye has."""
 MAX_CSV_BYTES = 100 * 2**20
 MIN_COVER = 0.5
 """Least part of the window, along either side, that a picture shows; less means a wrong scale."""
@@ -47,9 +49,16 @@ class _Row(msgspec.Struct, kw_only=True):
     eye: Literal["L", "R"]
     gaze: str
     split: Split | Literal[""]
-    image: ImageRef
+    image: ImageRef | None
+    unreadable: str
+    """Why there is no image."""
     labels: dict[str, float]
     label_step: float | None
+
+    @property
+    def owner(self) -> tuple[str, str]:
+        """Whose picture it is: subject and eye."""
+        return self.subject_id, self.eye
 
 
 def read_manifest(
@@ -59,13 +68,15 @@ def read_manifest(
     window_mm: float,
     seed: int = 0,
     targets: tuple[TargetSpec, ...] = (),
+    skip_unreadable: bool = False,
+    progress: Told | None = None,
 ) -> Dataset:
-    """Read a manifest and check every row and every picture's header.
+    """Read a manifest and check every row; every picture is decoded once.
 
     Columns: subject_id, eye (L or R), gaze (primary, up or down), path (relative to the manifest),
-    mrd1_mm, mrd2_mm, lf_mm (blank: no label), and optionally px_per_mm (blank: the picture shows
-    the window already), label_step_mm, split (train, val or test; blank: drawn by subject, 80 : 10
-    : 10). Labels belong to the eye: they may stand in any of its rows, and must not differ.
+    mrd1_mm, mrd2_mm, lf_mm (blank or nan: no label), and optionally px_per_mm (blank: the picture
+    shows the window already), label_step_mm, split (train, val or test; blank: drawn by subject,
+    80 : 10 : 10). Labels belong to the eye: they may stand in any of its rows, and must not differ.
 
     Args:
         path: the CSV, or the folder that holds ``manifest.csv``.
@@ -73,34 +84,30 @@ def read_manifest(
         window_mm: width of the crop.
         seed: of the split, where the manifest leaves it blank.
         targets: names and ranges; the eyelid task's where none are given.
+        skip_unreadable: leave out pictures that cannot be read, and say so in ``Dataset.skipped``,
+            instead of refusing: an eye keeps its other pictures, and the labels of all its rows,
+            but without primary gaze it is left out. Everything else that is wrong is still
+            refused.
+        progress: told of pictures judged.
 
     Raises:
-        DataError: the file or any of its rows cannot be used; up to ten rows are named.
+        DataError: the file or any of its rows cannot be used; ten problems are told in full, and
+            all rows whose picture cannot be read are named.
     """
     if not targets:
         from dinotrain.tasks.eyelid import EyelidTask
 
         targets = EyelidTask.targets
     file = path / "manifest.csv" if path.is_dir() else path
-    problems: list[tuple[int, str]] = []
-    reader = _RowReader(file.parent, image_size, window_mm, targets)
-    rows: list[_Row] = []
-    count = 0
-    for line, cells in _read_cells(file):
-        count += 1
-        found = reader.read(line, cells)
-        problems += [(line, text) for text in found.problems]
-        if found.row is not None:
-            rows.append(found.row)
-    if not count:
+    problems = Problems(file, skip_unreadable)
+    cells = list(_read_cells(file))
+    if not cells:
         raise DataError(f"{file}: the manifest has a header and no rows. Add one row per picture.")
-    problems += _check_together(rows)
-    if not problems:
-        # A bad row may be the missing one: asked only once all are good.
-        problems = _check_primary(rows)
-    if problems:
-        raise _report(file, problems)
+    rows = _read_rows(file.parent, cells, image_size, window_mm, targets, problems, progress)
     samples = _group(rows, seed, [target.name for target in targets])
+    if not samples:
+        listed = "; ".join(problems.skipped[:SHOWN])
+        raise DataError(f"{file}: no eye is left. {listed}")
     if not any(sample.split == "train" for sample in samples):
         raise DataError(
             f"{file}: no row is in the split 'train'. Name train rows, or leave the column blank."
@@ -110,9 +117,51 @@ def read_manifest(
         samples=samples,
         image_size=image_size,
         fingerprint=fingerprint(samples),
+        notes=tuple(_spelling_notes(samples)),
+        skipped=problems.skipped,
         source=source or file.parent.resolve().name,
         synthetic=synthetic,
     )
+
+
+def _read_rows(
+    folder: Path,
+    cells: list[tuple[int, dict[str, str]]],
+    image_size: tuple[int, int],
+    window_mm: float,
+    targets: tuple[TargetSpec, ...],
+    problems: Problems,
+    progress: Told | None,
+) -> list["_Row"]:
+    """Return the rows whose picture can be read, of eyes with primary gaze; all else is refused."""
+    reader = _RowReader(folder, image_size, window_mm, targets)
+    places = [reader.place(row) for _, row in cells]
+    paths = list(dict.fromkeys(path for path in places if path is not None))
+    judged = dict(zip(paths, judge_all(judge_picture, paths, progress), strict=True))
+    rows: list[_Row] = []
+    for (line, row), path in zip(cells, places, strict=True):
+        found = reader.read(line, row, judged.get(path) if path else None)
+        for text in found.problems:
+            problems.add("", text, line)
+        if found.row is not None:
+            rows.append(found.row)
+        elif path is not None and judged[path].problem:
+            # Of no use as a row, and yet to be mended.
+            problems.unreadable("", f"{row['path']}: {judged[path].problem}", line)
+    blind = {row.owner for row in rows if row.gaze == PRIMARY and row.image is None}
+    for row in rows:
+        if row.image is None:
+            eye = "/".join(row.owner)
+            then = "is left out" if row.owner in blind else "keeps its other pictures"
+            problems.unreadable("", row.unreadable, row.line, f"Eye {eye} {then}.")
+    for line, text in _check_together(rows):
+        problems.add("", text, line)
+    if not problems:
+        # A bad row may be the missing one: asked only once all are good.
+        for line, text in _check_primary(rows):
+            problems.add("", text, line)
+    problems.refuse()
+    return [row for row in rows if row.owner not in blind]
 
 
 def _read_cells(file: Path) -> Iterable[tuple[int, dict[str, str]]]:
@@ -183,8 +232,22 @@ class _RowReader:
         self.window_height_mm = window_mm * image_size[0] / image_size[1]
         self.targets = targets
 
-    def read(self, line: int, cells: dict[str, str]) -> _Found:
-        """Return the row, or all that is wrong with it."""
+    def place(self, cells: dict[str, str]) -> Path | None:
+        """Return where a row's picture is, or None where the row does not say it rightly."""
+        text = cells.get("path", "")
+        inside = Path(os.path.normpath(text))
+        if not text or inside.is_absolute() or inside.parts[:1] == ("..",) or "\0" in text:
+            return None
+        return self.folder / inside
+
+    def read(self, line: int, cells: dict[str, str], judged: Judged | None) -> _Found:
+        """Return the row, or all that is wrong with it.
+
+        Args:
+            line: of the file.
+            cells: {column: text}.
+            judged: the picture; None where ``place`` is.
+        """
         if "" in cells:
             return _Found(None, [cells[""]])
         problems: list[str] = []
@@ -198,7 +261,7 @@ class _RowReader:
         labels: dict[str, float] = {}
         for target in self.targets:
             column = target.output_name
-            value = _number(column, cells[column], problems)
+            value = _number(column, _label_text(cells[column]), problems)
             if value is None:
                 continue
             if not target.low <= value < target.low + target.span:
@@ -212,8 +275,17 @@ class _RowReader:
         for column, value in (("px_per_mm", scale), ("label_step_mm", step)):
             if value is not None and value <= 0:
                 problems.append(f"{column} is {value:g}, it must be above 0")
-        image = self._image(cells["path"], scale, cells["eye"] == "L", problems)
-        if problems or image is None:
+        image, path = None, self.place(cells)
+        if path is None or judged is None:
+            text = cells["path"]
+            problems.append(
+                f"path '{text}' leaves the manifest's folder; paths are relative to it"
+                if text
+                else "path is blank"
+            )
+        elif not judged.problem:
+            image = self._image(path, judged, scale, cells["eye"] == "L", problems)
+        if problems:
             return _Found(None, problems)
         row = _Row(
             line=line,
@@ -222,32 +294,21 @@ class _RowReader:
             gaze=cells["gaze"],
             split=split,  # type: ignore[arg-type]
             image=image,
+            unreadable=f"{cells['path']}: {judged.problem}" if judged and judged.problem else "",
             labels=labels,
             label_step=step,
         )
         return _Found(row, [])
 
     def _image(
-        self, text: str, scale: float | None, mirror: bool, problems: list[str]
-    ) -> ImageRef | None:
-        if not text:
-            problems.append("path is blank")
-            return None
-        inside = Path(os.path.normpath(text))
-        if inside.is_absolute() or inside.parts[:1] == ("..",) or "\0" in text:
-            problems.append(f"path '{text}' leaves the manifest's folder; paths are relative to it")
-            return None
-        path = self.folder / inside
-        try:
-            height, width = check_image(path)
-            found = digest(path)
-        except DataError as error:
-            # The row already names the file, as its user wrote it.
-            problems.append(str(error).replace(str(path), text, 1))
-            return None
-        except OSError as error:
-            problems.append(f"{text}: the picture cannot be read ({error.strerror})")
-            return None
+        self,
+        path: Path,
+        judged: Judged,
+        scale: float | None,
+        mirror: bool,
+        problems: list[str],
+    ) -> ImageRef:
+        found, (height, width) = judged.digest, judged.size
         if scale is None:
             return ImageRef(path=path, digest=found, window_mm=self.window_mm, mirror=mirror)
         if 0 < scale * self.window_mm < MIN_SIDE_PX:
@@ -273,6 +334,11 @@ def _check_choice(column: str, value: str, known: tuple[str, ...]) -> list[str]:
     if value in known:
         return []
     return [f"{column} is '{value}', not one of {', '.join(known)}"]
+
+
+def _label_text(text: str) -> str:
+    """Return a label's text; what programs write for a missing number is a blank."""
+    return "" if text.lower() == "nan" else text
 
 
 def _number(column: str, text: str, problems: list[str]) -> float | None:
@@ -303,7 +369,7 @@ def _check_together(rows: list[_Row]) -> list[tuple[int, str]]:
         first = views.setdefault(view, row)
         if first is not row:
             problems.append((row.line, f"{'/'.join(view)} is already in row {first.line}"))
-        same = pictures.setdefault(row.image.digest, row)
+        same = pictures.setdefault(row.image.digest, row) if row.image else row
         if same is not row:
             problems.append((row.line, f"the same picture as in row {same.line}; cut one per eye"))
         if row.split:
@@ -334,23 +400,15 @@ def _check_together(rows: list[_Row]) -> list[tuple[int, str]]:
 
 def _check_primary(rows: list[_Row]) -> list[tuple[int, str]]:
     """Return the eyes without the one gaze that every eye needs."""
-    primary = {(row.subject_id, row.eye) for row in rows if row.gaze == "primary"}
+    primary = {row.owner for row in rows if row.gaze == PRIMARY}
     lines: dict[tuple[str, str], int] = {}
     for row in rows:
-        lines.setdefault((row.subject_id, row.eye), row.line)
+        lines.setdefault(row.owner, row.line)
     return [
         (line, f"eye {'/'.join(eye)} has no picture in primary gaze")
         for eye, line in lines.items()
         if eye not in primary
     ]
-
-
-def _report(file: Path, problems: list[tuple[int, str]]) -> DataError:
-    lines = [f"row {line}: {text}" for line, text in sorted(problems)]
-    more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    noun = "problem" if len(lines) == 1 else "problems"
-    listed = ";\n  ".join([*lines[:SHOWN], *more])
-    return DataError(f"{file}: {len(lines)} {noun}:\n  {listed}")
 
 
 def _group(rows: list[_Row], seed: int, targets: list[str]) -> tuple[Sample, ...]:
@@ -360,7 +418,7 @@ def _group(rows: list[_Row], seed: int, targets: list[str]) -> tuple[Sample, ...
     splits = named | assign_splits(unnamed, seed)
     eyes: dict[tuple[str, str], list[_Row]] = {}
     for row in rows:
-        eyes.setdefault((row.subject_id, row.eye), []).append(row)
+        eyes.setdefault(row.owner, []).append(row)
     samples = []
     for (subject, eye), views in eyes.items():
         labels = {name: value for view in views for name, value in view.labels.items()}
@@ -370,9 +428,23 @@ def _group(rows: list[_Row], seed: int, targets: list[str]) -> tuple[Sample, ...
                 subject_id=subject,
                 part=eye,
                 split=splits[subject],  # type: ignore[arg-type]
-                images={view.gaze: view.image for view in views},
+                images={view.gaze: view.image for view in views if view.image is not None},
                 values={name: labels.get(name, math.nan) for name in targets},
                 label_step=step,
             )
         )
     return tuple(samples)
+
+
+def _spelling_notes(samples: tuple[Sample, ...]) -> list[str]:
+    """Note subjects that may be one: their names differ in upper and lower case alone."""
+    spelled: dict[str, str] = {}
+    notes = []
+    for subject in sorted({sample.subject_id for sample in samples}):
+        first = spelled.setdefault(subject.casefold(), subject)
+        if first != subject:
+            notes.append(
+                f"subjects '{first}' and '{subject}' count as two; if they are one person, spell "
+                "them alike, or they may stand in two splits"
+            )
+    return notes

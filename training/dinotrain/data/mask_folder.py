@@ -11,15 +11,13 @@ Source: METHODS C (classes, ignore index, split 80 : 10 : 10 stratified by defec
 
 import csv
 import math
-import os
-import warnings
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from dinotrain.data.balance import empty_notes
 from dinotrain.data.class_list import read_classes, read_text
 from dinotrain.data.dataset import (
     SPLITS,
@@ -31,18 +29,18 @@ from dinotrain.data.dataset import (
     share_names,
     stratified_splits,
 )
-from dinotrain.data.images import read_image
+from dinotrain.data.images import verify_image
+from dinotrain.data.judging import Told, bare, judge_all
 from dinotrain.data.masks import IGNORE, read_mask
 from dinotrain.data.origin import read_origin
+from dinotrain.data.problems import SHOWN, Problems
 from dinotrain.digests import digest
 from dinotrain.errors import DataError
 
 IMAGE = "image"
-SHOWN = 10
 SPLIT_COLUMNS = ("stem", "group", "split")
 # What desktops leave behind in folders.
 _LITTER = {"thumbs.db", "desktop.ini"}
-_THREADS = 8
 
 
 def read_mask_folder(
@@ -51,7 +49,7 @@ def read_mask_folder(
     image_size: tuple[int, int],
     seed: int = 0,
     skip_unreadable: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Told | None = None,
 ) -> Dataset:
     """Read a folder of pictures and masks; every file is decoded once and checked.
 
@@ -62,8 +60,9 @@ def read_mask_folder(
         path: the folder that holds ``images``, ``masks`` and ``classes.txt`` or ``classes.json``.
         image_size: (height, width) of what ``Dataset.load`` and ``load_mask`` give.
         seed: of the split, where ``split.csv`` leaves it open.
-        skip_unreadable: leave out pairs of which a file cannot be read, and note them, instead of
-            refusing; everything else that is wrong is still refused.
+        skip_unreadable: leave out pairs of which a file cannot be read, and say so in
+            ``Dataset.skipped``, instead of refusing; everything else that is wrong is still
+            refused.
         progress: called with (pairs checked, pairs) after each.
 
     Returns:
@@ -71,7 +70,8 @@ def read_mask_folder(
         values are the shares of the mask's labelled pixels per class (NaN where none is labelled).
 
     Raises:
-        DataError: the folder or any of its files cannot be used; up to ten files are named.
+        DataError: the folder or any of its files cannot be used; ten problems are told
+            in full, and all files that cannot be read are named.
     """
     for name in ("images", "masks"):
         if not (path / name).is_dir():
@@ -80,14 +80,14 @@ def read_mask_folder(
                 "and classes.txt."
             )
     classes = read_classes(path)
-    problems = _Problems(skip_unreadable)
+    problems = Problems(path, skip_unreadable)
     pairs = _pair(path, problems)
     places = _read_split(path, {stem for stem, _, _ in pairs}, problems)
     found = _check_pairs(path, pairs, len(classes), problems, progress)
     _check_duplicates(found, problems)
-    problems.refuse(path)
+    problems.refuse()
     if not found:
-        raise DataError(f"{path}: no picture is left to train on. {'; '.join(problems.skipped)}")
+        raise DataError(f"{path}: no picture is left. {'; '.join(problems.skipped[:SHOWN])}")
     _check_binary(path, found)
     samples = _assign(found, classes, places, seed)
     if not any(sample.split == "train" for sample in samples):
@@ -101,46 +101,11 @@ def read_mask_folder(
         classes=classes,
         image_size=image_size,
         fingerprint=fingerprint(samples, classes),
-        notes=(*(f"skipped {text}" for text in problems.skipped), *_notes(samples, classes)),
+        notes=(*_unlabelled_notes(samples, classes), *empty_notes(samples, classes)),
+        skipped=problems.skipped,
         source=source or path.resolve().name,
         synthetic=synthetic,
     )
-
-
-class _Problems:
-    """Collects what is wrong with files; unreadable ones may be skipped."""
-
-    def __init__(self, skip_unreadable: bool) -> None:
-        self._skip = skip_unreadable
-        self._refused: list[tuple[str, int, str]] = []
-        self._unreadable = 0
-        self.skipped: list[str] = []
-
-    def add(self, file: str, text: str, line: int = 0) -> None:
-        """Note what is wrong with a file, or with one of its lines."""
-        self._refused.append((file, line, text))
-
-    def unreadable(self, file: str, text: str) -> None:
-        """Note a file that cannot be read: refused, or skipped where that is allowed."""
-        if self._skip:
-            self.skipped.append(f"{file}: {text}")
-            return
-        self._unreadable += 1
-        self.add(file, text)
-
-    def refuse(self, path: Path) -> None:
-        """Raise DataError where there is anything to refuse."""
-        if not self._refused:
-            return
-        lines = [
-            f"{file} row {line}: {text}" if line else f"{file}: {text}"
-            for file, line, text in sorted(self._refused)
-        ]
-        more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-        noun = "problem" if len(lines) == 1 else "problems"
-        listed = ";\n  ".join([*lines[:SHOWN], *more])
-        hint = "\nUnreadable pairs can be skipped: --skip-unreadable." if self._unreadable else ""
-        raise DataError(f"{path}: {len(lines)} {noun}:\n  {listed}{hint}")
 
 
 class _Pair(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,7 +127,7 @@ class _Pair(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(c for c, count in enumerate(self.pixels) if c and count)
 
 
-def _files(folder: Path, problems: _Problems) -> dict[str, Path]:
+def _files(folder: Path, problems: Problems) -> dict[str, Path]:
     """{stem: file}, sorted; folders and doubled stems are problems."""
     result: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
@@ -178,7 +143,7 @@ def _files(folder: Path, problems: _Problems) -> dict[str, Path]:
     return result
 
 
-def _pair(path: Path, problems: _Problems) -> list[tuple[str, Path, Path]]:
+def _pair(path: Path, problems: Problems) -> list[tuple[str, Path, Path]]:
     images, masks = _files(path / "images", problems), _files(path / "masks", problems)
     if not images and not masks:
         raise DataError(
@@ -195,24 +160,21 @@ def _check_pairs(
     path: Path,
     pairs: list[tuple[str, Path, Path]],
     classes: int,
-    problems: _Problems,
-    progress: Callable[[int, int], None] | None,
+    problems: Problems,
+    progress: Told | None,
 ) -> list[_Pair]:
     def check(pair: tuple[str, Path, Path]) -> tuple[_Pair | None, list[tuple[str, str, bool]]]:
         return _check_pair(path, *pair, classes)
 
     found: list[_Pair] = []
-    # Decoders release the interpreter's lock, so threads use all cores. The readers change the
-    # warning filters, which threads share: what they leave behind is undone here.
-    threads = min(_THREADS, os.cpu_count() or 1)
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        for done, (good, wrong) in enumerate(pool.map(check, pairs), start=1):
-            for file, text, unreadable in wrong:
-                (problems.unreadable if unreadable else problems.add)(file, text)
-            if good is not None:
-                found.append(good)
-            if progress is not None:
-                progress(done, len(pairs))
+    for good, wrong in judge_all(check, pairs, progress):
+        for file, text, unreadable in wrong:
+            if unreadable:
+                problems.unreadable(file, text)
+            else:
+                problems.add(file, text)
+        if good is not None:
+            found.append(good)
     return found
 
 
@@ -220,20 +182,20 @@ def _check_pair(
     path: Path, stem: str, image: Path, mask: Path, classes: int
 ) -> tuple[_Pair | None, list[tuple[str, str, bool]]]:
     """Return the pair, or what is wrong as (file, text, whether it is unreadable)."""
-    pixels = ids = None
+    size = ids = None
     wrong: list[tuple[str, str, bool]] = []
     try:
-        pixels = read_image(image)
+        size = verify_image(image)
     except DataError as error:
-        wrong.append((_short(path, image), _bare(error, image), True))
+        wrong.append((_short(path, image), bare(error, image), True))
     try:
         ids = read_mask(mask)
     except DataError as error:
-        wrong.append((_short(path, mask), _bare(error, mask), True))
-    if pixels is None or ids is None:
+        wrong.append((_short(path, mask), bare(error, mask), True))
+    if size is None or ids is None:
         return None, wrong
-    if ids.shape != pixels.shape[:2]:
-        wrong.append((_short(path, mask), _size_text(ids.shape, pixels.shape[:2], image), False))
+    if ids.shape != size:
+        wrong.append((_short(path, mask), _size_text(ids.shape, size, image), False))
     counts = np.bincount(ids.ravel(), minlength=IGNORE + 1).tolist()
     unknown = [value for value in range(classes, IGNORE) if counts[value]]
     if unknown:
@@ -254,7 +216,7 @@ def _check_pair(
     ), []
 
 
-def _check_duplicates(pairs: Iterable[_Pair], problems: _Problems) -> None:
+def _check_duplicates(pairs: Iterable[_Pair], problems: Problems) -> None:
     seen: dict[str, _Pair] = {}
     for pair in pairs:
         first = seen.setdefault(pair.image_digest, pair)
@@ -274,7 +236,7 @@ def _check_binary(path: Path, pairs: list[_Pair]) -> None:
     )
 
 
-def _read_split(path: Path, stems: set[str], problems: _Problems) -> dict[str, tuple[str, str]]:
+def _read_split(path: Path, stems: set[str], problems: Problems) -> dict[str, tuple[str, str]]:
     """Return {stem: (group, split)} of split.csv, either of them blank where it is open."""
     file = path / "split.csv"
     if not file.is_file():
@@ -374,21 +336,13 @@ def _shares(pair: _Pair, classes: tuple[str, ...]) -> dict[str, float]:
     return dict(zip(share_names(classes), shares, strict=True))
 
 
-def _notes(samples: tuple[Sample, ...], classes: tuple[str, ...]) -> list[str]:
-    names = share_names(classes)
-    notes = [
+def _unlabelled_notes(samples: tuple[Sample, ...], classes: tuple[str, ...]) -> list[str]:
+    first = share_names(classes)[0]
+    return [
         f"masks/{sample.mask.path.name}: no pixel has a label"
         for sample in samples
-        if sample.mask and math.isnan(sample.values[names[0]])
+        if sample.mask and math.isnan(sample.values[first])
     ]
-    for number, (name, share) in enumerate(zip(classes, names, strict=True)):
-        having = {sample.split for sample in samples if sample.values[share] > 0}
-        missing = [s for s in SPLITS if s not in having and any(x.split == s for x in samples)]
-        if not having:
-            notes.append(f"class {number} '{name}' is empty: no mask shows it")
-        elif missing:
-            notes.append(f"class {number} '{name}' is empty in {', '.join(missing)}")
-    return notes
 
 
 def _size_text(mask: tuple[int, ...], image: tuple[int, ...], file: Path) -> str:
@@ -401,8 +355,3 @@ def _size_text(mask: tuple[int, ...], image: tuple[int, ...], file: Path) -> str
 
 def _short(path: Path, file: Path) -> str:
     return file.relative_to(path).as_posix()
-
-
-def _bare(error: DataError, file: Path) -> str:
-    """Return the message without the file, which the list of problems names already."""
-    return str(error).removeprefix(f"{file}: ").replace(str(file), file.name)

@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 from dinotrain.checkpoint import CheckpointConfig
 from dinotrain.data.dataset import Dataset, load_image
+from dinotrain.data.summary import Summary
 from dinotrain.model import TaskModel
 from dinotrain.objectives.base import Predictions
+from dinotrain.report.data_section import data_section
 from dinotrain.report.page import Report, Section, write_report
 from dinotrain.report.run_plots import learning_rate_sweep, training_curves
 from dinotrain.tasks.base import Case
@@ -38,6 +40,7 @@ def write_training_report(
     header: CheckpointConfig,
     error_name: str,
     judged: Mapping[str, JudgedSplit],
+    data: Summary | None = None,
 ) -> Path:
     """Write the page about a model.
 
@@ -47,11 +50,14 @@ def write_training_report(
         header: its story.
         error_name: of the validation error in the log.
         judged: by split; those held out from the choice of the weights say most.
+        data: what it was trained and judged on; None leaves that section out.
 
     Raises:
         UsageError: the file cannot be written.
     """
     sections = [_course(header, error_name)]
+    if data is not None:
+        sections.append(data_section(data))
     for name, split in judged.items():
         section = describe_split(model, split)
         title = f"{SPLITS.get(name, name)}: {section.title}"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from dinotrain.data.dataset import Dataset, Sample
     from dinotrain.data.images import Pixels
+    from dinotrain.data.summary import Summary
     from dinotrain.heads.branch import HeadKind
     from dinotrain.heads.pool import Pool
     from dinotrain.intervals import Intervals
@@ -162,8 +163,34 @@ class Task(ABC):
         return label_table(samples, self.labels)
 
     @abstractmethod
-    def read(self, path: Path, *, image_size: tuple[int, int], seed: int = 0) -> "Dataset":
-        """Read labelled data, checked, split by subject."""
+    def read(
+        self,
+        path: Path,
+        *,
+        image_size: tuple[int, int],
+        seed: int = 0,
+        skip_unreadable: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "Dataset":
+        """Read labelled data, checked, split by subject.
+
+        Args:
+            path: what the task reads.
+            image_size: (height, width) of what ``Dataset.load`` gives.
+            seed: of the split, where the data leave it open.
+            skip_unreadable: leave out pictures that cannot be read, and say so in
+                ``Dataset.skipped``; a sample goes with a picture that it cannot be without.
+            progress: called with (pictures judged, of how many) after each.
+
+        Raises:
+            DataError: the data cannot be used; every picture that cannot be read is named.
+        """
+
+    def summarise(self, dataset: "Dataset") -> "Summary":
+        """Return what is in some data: splits, classes or ranges of labels, and notes."""
+        from dinotrain.data.summary import summarise
+
+        return summarise(dataset, self.labels, self.expected)
 
     def load(
         self,

@@ -61,7 +61,8 @@ class ClassifyTask(Task):
         height, width = image_size
         return (
             f"cut the largest centred part of aspect {width}:{height}, resize to {width}×{height} "
-            "pixels (bicubic, antialiased), 8-bit RGB"
+            "pixels (bicubic, antialiased), 8-bit RGB; greyscale is repeated in "
+            "all three channels"
         )
 
     def build_head(self, config: "ModelConfig", pool: "Pool") -> "BranchHead | QueryHead":
@@ -98,11 +99,25 @@ class ClassifyTask(Task):
 
         return ClassObjective(cast("BranchHead", model.head), model.config.classes)
 
-    def read(self, path: Path, *, image_size: tuple[int, int], seed: int = 0) -> "Dataset":
+    def read(
+        self,
+        path: Path,
+        *,
+        image_size: tuple[int, int],
+        seed: int = 0,
+        skip_unreadable: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "Dataset":
         """Read a folder per class (METHODS D)."""
         from dinotrain.data.class_folder import read_class_folder
 
-        return read_class_folder(path, image_size=image_size, seed=seed)
+        return read_class_folder(
+            path,
+            image_size=image_size,
+            seed=seed,
+            skip_unreadable=skip_unreadable,
+            progress=progress,
+        )
 
     def augment(
         self, pixels: "dict[str, Pixels]", truth: "np.ndarray", stream: "np.random.Generator"

@@ -87,7 +87,8 @@ class EyelidTask(Task):
         height, width = image_size
         return (
             f"crop the {window_mm:g} mm window, mirror left eyes, resize to "
-            f"{width}×{height} pixels (bicubic, antialiased), 8-bit RGB"
+            f"{width}×{height} pixels (bicubic, antialiased), 8-bit RGB; greyscale is repeated in "
+            "all three channels"
         )
 
     def build_head(self, config: "ModelConfig", pool: "Pool") -> "BranchHead | QueryHead":
@@ -127,11 +128,26 @@ class EyelidTask(Task):
             config, cast("BranchHead", model.head), cast("MeasureDecoder", model.decoder)
         )
 
-    def read(self, path: Path, *, image_size: tuple[int, int], seed: int = 0) -> "Dataset":
+    def read(
+        self,
+        path: Path,
+        *,
+        image_size: tuple[int, int],
+        seed: int = 0,
+        skip_unreadable: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "Dataset":
         """Read a manifest CSV (METHODS B3)."""
         from dinotrain.data.eyelid_manifest import read_manifest
 
-        return read_manifest(path, image_size=image_size, window_mm=self.window_mm, seed=seed)
+        return read_manifest(
+            path,
+            image_size=image_size,
+            window_mm=self.window_mm,
+            seed=seed,
+            skip_unreadable=skip_unreadable,
+            progress=progress,
+        )
 
     def augment(
         self, pixels: "dict[str, Pixels]", truth: "np.ndarray", stream: "np.random.Generator"

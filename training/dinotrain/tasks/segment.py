@@ -75,7 +75,8 @@ class SegmentTask(Task):
         height, width = image_size
         return (
             f"cut the largest centred part of aspect {width}:{height}, resize to {width}×{height} "
-            "pixels (bicubic, antialiased), 8-bit RGB"
+            "pixels (bicubic, antialiased), 8-bit RGB; greyscale is repeated in "
+            "all three channels"
         )
 
     def build_head(self, config: "ModelConfig", pool: "Pool") -> "SegmentationDecoder":
@@ -127,11 +128,25 @@ class SegmentTask(Task):
                 masks[place] = load_mask(sample.mask, image_size)
         return masks
 
-    def read(self, path: Path, *, image_size: tuple[int, int], seed: int = 0) -> "Dataset":
+    def read(
+        self,
+        path: Path,
+        *,
+        image_size: tuple[int, int],
+        seed: int = 0,
+        skip_unreadable: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "Dataset":
         """Read a folder of pictures and masks (METHODS C)."""
         from dinotrain.data.mask_folder import read_mask_folder
 
-        return read_mask_folder(path, image_size=image_size, seed=seed)
+        return read_mask_folder(
+            path,
+            image_size=image_size,
+            seed=seed,
+            skip_unreadable=skip_unreadable,
+            progress=progress,
+        )
 
     def augment(
         self, pixels: "dict[str, Pixels]", truth: "np.ndarray", stream: "np.random.Generator"
