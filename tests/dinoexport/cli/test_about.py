@@ -16,6 +16,7 @@ COMMANDS = (
     "inspect",
     "train",
     "evaluate",
+    "study",
     "list",
     "doctor",
     "demo",

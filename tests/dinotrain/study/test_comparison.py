@@ -12,6 +12,8 @@ def test_spread_leaves_out_runs_without_a_figure():
     found = spread([1.0, None, 3.0])
     assert (found.mean, found.std, found.seeds) == (2.0, np.sqrt(2.0), 2)
     assert spread([1.0]).std is None
+    # The mean of five times 3.475 rounds; that is no spread.
+    assert spread([3.475] * 5).std == 0.0
     assert spread([None]).mean is None
 
 

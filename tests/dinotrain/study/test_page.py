@@ -2,13 +2,14 @@
 
 import re
 
+import msgspec
 import pytest
 
 from dinotrain.report.text import number
 from dinotrain.study.page import write_page
 from dinotrain.study.plan import STUDIES
 from dinotrain.study.published import comparability
-from dinotrain.study.tables import closing_tables, error_table, warning
+from dinotrain.study.tables import StudyResult, closing_tables, error_table, warning
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +58,6 @@ def test_differences_are_those_to_the_first(finished):
 
 def test_seeds_with_splits_of_their_own_are_told(finished, tmp_path):
     """A fault planted: one run was judged on other samples."""
-    import msgspec
-
-    from dinotrain.study.tables import StudyResult
-
     records = list(finished.records)
     records[0] = msgspec.structs.replace(records[0], fingerprint="other")
     result = StudyResult(finished.request, records, finished.dataset, tmp_path / "page.html")

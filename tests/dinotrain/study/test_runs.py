@@ -115,7 +115,10 @@ def test_it_goes_on_inside_of_a_run(finished, request_in, epochs_trained, tmp_pa
         run_study(request_in(tmp_path))
     assert len(Ledger(tmp_path).read()) == 1
     end_at.clear()
+    # As a process leaves it that is killed while it writes.
+    (tmp_path / "runs" / ".tmp1234").write_bytes(b"half")
     again = run_study(request_in(tmp_path))
+    assert len(list((tmp_path / "runs").iterdir())) == 4
     # Each epoch once, over both processes.
     stems = ["tiny-numbers-mse", "tiny-bits-focal-4"]
     assert told == [(f"{stem}-{seed}", e) for seed in (0, 1) for stem in stems for e in (1, 2)]

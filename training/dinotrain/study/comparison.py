@@ -55,11 +55,11 @@ class Steadiness(msgspec.Struct, frozen=True, kw_only=True):
 def spread(values: Sequence[float | None]) -> Spread:
     """Return mean and standard deviation of the runs that have a figure."""
     known = np.array([value for value in values if value is not None], np.float64)
-    return Spread(
-        mean=float(known.mean()) if len(known) else None,
-        std=float(known.std(ddof=1)) if len(known) > 1 else None,
-        seeds=len(known),
-    )
+    if len(known) < 2:
+        return Spread(mean=float(known[0]) if len(known) else None, std=None, seeds=len(known))
+    # Equal figures have no spread, whatever the rounding of their mean says.
+    std = float(known.std(ddof=1)) if np.ptp(known) else 0.0
+    return Spread(mean=float(known.mean()), std=std, seeds=len(known))
 
 
 def compare(values: Sequence[float | None], reference: Sequence[float | None]) -> Difference:

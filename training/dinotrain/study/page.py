@@ -45,7 +45,7 @@ def write_page(result: StudyResult) -> Path:
             figures=[
                 _points(result, output, "crps_mm", "CRPS")
                 for output in result.outputs
-                if _any(result, output, "crps_mm")
+                if result.has("crps_mm")
             ],
         ),
         comparability(study, result.records[0].backbone, source),
@@ -67,11 +67,6 @@ def _points(result: StudyResult, output: str, figure: str, label: str) -> Figure
         given = values if any(value is not None for value in values) else []
         table.setdefault(variant.group, {})[variant.name] = given
     return grouped_points(table, f"{label} of {output}, mm")
-
-
-def _any(result: StudyResult, output: str, figure: str) -> bool:
-    variants = result.request.variants
-    return any(result.figure(variant, output, figure).seeds for variant in variants)
 
 
 def _source(result: StudyResult) -> str:

@@ -99,7 +99,7 @@ class StudyRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             data: what the task's reader reads.
         """
         study = self.study
-        fields = {**study.shared, **study.groups[variant.group][variant.name]}
+        fields: dict[str, Any] = {**study.shared, **study.groups[variant.group][variant.name]}
         if self.epochs is not None:
             fields["epochs"] = self.epochs
         name = f"{study.name}-{_slug(variant.group)}-{_slug(variant.name)}-{seed}"
@@ -138,7 +138,7 @@ BASELINE = Study(
     text="One MLP on frozen features. The paper's recipe (Adam 1e-3, batch 4, 20 epochs) beside "
     "ours (batch 32, up to 60 epochs, cosine, early stop), squared errors beside binary codes.",
     claim="Mean squared errors of a frozen DINOv2 with an MLP, in the table of published figures "
-    "below; binary encoding is said to steady training.",
+    "below; binary encoding is said to steady an EfficientNet.",
     backbone="ViT-B/14 with registers, DINOv2 weights",
     shared={**_BARE, **_MLP},
     groups={
@@ -182,8 +182,7 @@ FOCAL = Study(
     title="Focal loss and orthogonality",
     text="Focal loss on 8 plain bits with γ 0 (cross-entropy), 2, 4 and 6, without and with the "
     "orthogonality of targets (λ 0.1), one MLP on frozen features.",
-    claim="γ of 2 to 4 is said to help, focal loss alone to be erratic, and orthogonality to "
-    "steady it.",
+    claim="γ of 2 to 4 is said to help, and focal loss alone to be erratic.",
     backbone="EfficientNet-B0, ImageNet weights",
     shared={**_MLP, **_PLAIN_8, "loss": "focal", "mode": "frozen"},
     groups={

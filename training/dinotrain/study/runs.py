@@ -49,6 +49,7 @@ def run_study(request: StudyRequest, progress: Progress | None = None) -> StudyR
         data = request.data or _render(request, report)
         dataset = _read(request, data, 0)
         ledger.claim({"data": dataset.fingerprint, "backbone": _backbone(request)})
+        _sweep(request.out / "runs")
         records = _run_all(request, data, dataset, ledger, report)
         result = StudyResult(request, records, dataset, request.out / PAGE)
         write_page(result)
@@ -114,6 +115,13 @@ def _run_all(
                 config.out.unlink()
         report("runs", place + 1, len(wanted), title)
     return [records[key] for key in wanted]
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left half written; the state of a run is never half written."""
+    for path in folder.glob(".*"):
+        if path.suffix != ".safetensors":
+            path.unlink()
 
 
 def _train(config: TrainConfig, report: Progress) -> float:

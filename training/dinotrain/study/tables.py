@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -78,6 +79,12 @@ class StudyResult:
         """Return a figure's mean and spread over seeds."""
         return spread(self.values(variant, output, figure))
 
+    def has(self, figure: str) -> bool:
+        """Whether any run has a figure."""
+        return any(
+            metrics.get(figure) is not None for r in self.records for metrics in r.metrics.values()
+        )
+
     def baseline(self, output: str) -> Spread:
         """Return the mean absolute error of always answering the mean of the training labels."""
         first = next(iter(self.runs.values()))
@@ -107,8 +114,6 @@ class StudyResult:
 
     def plain(self) -> dict[str, Any]:
         """Return everything as plain values, for JSON."""
-        import msgspec
-
         return {
             "study": self.request.study.name,
             "report": str(self.page),
@@ -151,7 +156,7 @@ def error_table(result: StudyResult) -> Table:
         ]
         for variant in result.request.variants
     ]
-    base = [_spread(result.baseline(output), always=True) for output in result.outputs]
+    base = [_spread(result.baseline(output)) for output in result.outputs]
     rows.append(["mean predictor", "mean of the training labels", *base])
     test = len(result.dataset.split("test").samples)
     return Table(
@@ -183,7 +188,7 @@ def difference_table(result: StudyResult) -> Table:
 
 def figure_table(result: StudyResult) -> Table:
     """What else was measured, means over seeds."""
-    names = [name for name in FIGURES if name != ERROR]
+    names = [name for name in FIGURES if name != ERROR and result.has(name)]
 
     def cells(variant: Variant, output: str) -> list[Cell]:
         return [number(result.figure(variant, output, name).mean) for name in names]
@@ -193,7 +198,7 @@ def figure_table(result: StudyResult) -> Table:
         rows=_long(result, cells),
         caption="Other figures on the test samples, means over seeds. Coverage: share of people "
         f"whose eyes all lie in the interval, which promises {percent(_promised(result), 0)}; CRPS "
-        "where a standard deviation is given.",
+        "only where a standard deviation is given.",
     )
 
 
@@ -206,8 +211,8 @@ def steadiness_table(result: StudyResult) -> Table:
             return [NOTHING] * 3
         return [
             number(found.std),
-            percent(found.change, 0),
-            _range(found.low, found.high, lambda value: percent(value, 0)),
+            _percent(found.change),
+            _range(found.low, found.high, _percent),
         ]
 
     return Table(
@@ -295,16 +300,17 @@ def _reference(result: StudyResult) -> str:
     return "“{}, {}”".format(*result.request.variants[0])
 
 
-def _spread(found: Spread, always: bool = False) -> str:
-    text = number(found.mean)
-    # A constant answer does not depend on the seed, unless the split does.
-    return (
-        text if not found.std and (always or found.std is None) else f"{text} ± {number(found.std)}"
-    )
+def _spread(found: Spread) -> str:
+    # A constant answer does not move with the seed, unless the split does.
+    return number(found.mean) + (f" ± {number(found.std)}" if found.std else "")
 
 
 def _range(low: float | None, high: float | None, write: Callable[[float], str]) -> str:
     return NOTHING if low is None or high is None else f"{write(low)} … {write(high)}"
+
+
+def _percent(change: float | None) -> str:
+    return NOTHING if change is None else f"{signed(100 * change, 0)} %"
 
 
 def _seeds(count: int) -> str:
