@@ -25,8 +25,9 @@ lint: install
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
+# One process per core; each goes on with the tests of one module, so that fixtures are shared.
 unit: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 # Reproduces the embedded checkpoint: backbone on rendered eyes, then a head on its frozen features.
 checkpoint: install

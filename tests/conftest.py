@@ -1,8 +1,13 @@
 """What test modules of several packages share."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One thread per process, before torch is imported here or in a child: more would only wait.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

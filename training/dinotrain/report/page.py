@@ -31,7 +31,7 @@ SMALL_PX = 240
 """Photographs up to this width stand two by two on a phone."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_NUMERIC = set("0123456789.,%+−-–…∞ e\u202f")
+_NUMERIC = set("0123456789.,%+−-–…∞± <e\u202f")
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _CONTENTS_FROM = 3
 """Sections from which on the page has a list of them."""

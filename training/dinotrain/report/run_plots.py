@@ -128,7 +128,8 @@ def grouped_points(
     """Draw the values of several seeds per configuration, with their mean and spread.
 
     Args:
-        table: {group: {variant: values per seed}}; None and NaN are runs without a figure.
+        table: {group: {variant: values per seed}}; None and NaN are runs that failed, and a
+            variant without values has no such figure.
         label: what the values are, with their unit.
         digits: decimals of the means.
     """
@@ -201,6 +202,8 @@ def _known(values: Sequence[float | None]) -> np.ndarray:
 
 
 def _summary(values: Sequence[float | None], digits: int) -> str:
+    if not len(values):
+        return "no figure"
     known = _known(values)
     missing = len(values) - len(known)
     text = "no figure" if not len(known) else number(float(known.mean()), digits)

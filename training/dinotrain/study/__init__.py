@@ -1,0 +1,1 @@
+"""Studies: tables of training runs × seeds, resumable, compared, and drawn on one page."""
