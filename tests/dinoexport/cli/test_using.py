@@ -61,10 +61,20 @@ def test_a_picture_is_drawn(run, build_all, gazes, tmp_path) -> None:
         assert drawn.width > 300
 
 
+def test_a_monochrome_picture_is_measured(run, build_all, gazes, pictures, tmp_path) -> None:
+    with Image.open(pictures / "grey.png") as grey:
+        grey.convert("RGB").save(tmp_path / "rgb.png")
+    found = [
+        run("predict", build_all.bundle("onnx"), f"primary={file}", *gazes[1:], "--json").json
+        for file in (pictures / "grey.png", tmp_path / "rgb.png")
+    ]
+    assert found[0]["outputs"] == found[1]["outputs"]
+    assert "greyscale" in run("inspect", build_all.bundle("onnx"), "--json").out
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("grey.png", "greyscale"),
         ("sixteen.png", "16 bits per channel"),
         ("small.png", "each side needs at least 32"),
         ("huge.png", "52 megapixels (7200×7200), at most 50"),
