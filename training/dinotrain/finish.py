@@ -19,7 +19,7 @@ from dinotrain.report.training import JudgedSplit, report_path, write_training_r
 from dinotrain.sources import Source
 from dinotrain.train_config import TrainConfig
 
-SYNTHETIC_NOTICE = "Trained on synthetic images only: its figures say nothing about people."
+SYNTHETIC_NOTICE = "Trained on synthetic images only: its figures say nothing about real ones."
 SYNTHETIC_BACKBONE_NOTICE = "Its backbone was trained on synthetic images only."
 
 
