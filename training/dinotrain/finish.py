@@ -14,7 +14,7 @@ from dinotrain.data.dataset import Dataset
 from dinotrain.errors import CheckpointError
 from dinotrain.loop import predict
 from dinotrain.model import ModelConfig, TaskModel
-from dinotrain.objectives.base import Objective, Values
+from dinotrain.objectives.base import Objective, Predictions, Values
 from dinotrain.report.training import JudgedSplit, report_path, write_training_report
 from dinotrain.sources import Source
 from dinotrain.train_config import TrainConfig
@@ -50,14 +50,15 @@ def write_model(
         parts = [model.pool, model.head, model.placeholders, model.decoder]
         for part in [*parts, model.backbone] if live else parts:
             round_to_half_(part)
-    unsure = add_intervals_(config, model, dataset, source)
+    unsure, told = add_intervals_(config, model, dataset, source)
     reference = dataset.split("train").labels(model.task.label_names(dataset.classes))
     judged = {
-        name: _judge(model, source, part, reference, live)
+        name: _judge(model, source, part, reference, live, told if name == "val" else None)
         for name in ("val", "test")
         if (part := dataset.split(name)).samples  # type: ignore[arg-type]
     }
     origin_of_backbone, synthetic_backbone = _backbone_source(config)
+    origin_of_backbone += ", fine-tuned on the same samples" if live else ""
     origin = SYNTHETIC_BACKBONE_NOTICE if synthetic_backbone else ""
     origin = SYNTHETIC_NOTICE if dataset.synthetic else origin
     plain = {name: getattr(model.config, name) for name in ModelConfig.__struct_fields__}
@@ -95,28 +96,40 @@ def write_model(
     return config.out
 
 
-def add_intervals_(config: TrainConfig, model: TaskModel, dataset: Dataset, source: Source) -> str:
+def add_intervals_(
+    config: TrainConfig, model: TaskModel, dataset: Dataset, source: Source
+) -> tuple[str, Predictions | None]:
     """Give a model intervals that hold on the validation samples, in place.
 
     Returns:
-        Why there are none, or nothing.
+        Why there are none, or nothing; and what the model predicts of these samples, where that
+        was worked out and has not changed since.
     """
     part = dataset.split("val")
     if not config.coverage or not part.samples:
-        return "no validation samples to calibrate on" if config.coverage else "not asked for"
+        reason = "no validation samples to calibrate on" if config.coverage else "not asked for"
+        return reason, None
     predicted = predict(model, source, part.samples, config.mode == "finetune")
     true = model.task.truth(part.samples, part.image_size)
     subjects = [sample.subject_id for sample in part.samples]
     intervals, reason = model.task.calibrate(predicted, true, subjects, config.coverage)
-    if intervals is not None:
-        model.set_intervals_(intervals)
-    return reason
+    if intervals is None:
+        return reason, predicted
+    model.set_intervals_(intervals)
+    return "", None
 
 
 def _judge(
-    model: TaskModel, source: Source, part: Dataset, reference: Values, live: bool
+    model: TaskModel,
+    source: Source,
+    part: Dataset,
+    reference: Values,
+    live: bool,
+    predicted: Predictions | None,
 ) -> JudgedSplit:
-    predicted = predict(model, source, part.samples, live)
+    """Judge one split; predictions that are known are not worked out again."""
+    if predicted is None:
+        predicted = predict(model, source, part.samples, live)
     true = model.task.truth(part.samples, part.image_size)
     subjects = [sample.subject_id for sample in part.samples]
     metrics = model.task.evaluate(predicted, true, reference, part.classes, subjects)
