@@ -49,7 +49,6 @@ MATRIX: dict[str, dict[str, Any]] = {
     "eyelid-vit-mlp": {},
     "eyelid-vit-ensemble-gaussian": {"encoding": GAUSSIAN},
     "eyelid-vit-query-johnson": {"encoding": JOHNSON},
-    "eyelid-vit-linear-pyramid": {"features": FeatureConfig(kind="pyramid")},
     "eyelid-vit-mlp-sfp-finetune": {"features": FeatureConfig(kind="sfp"), "mode": "finetune"},
     "eyelid-seresnet-mlp-pyramid": {"features": FeatureConfig(kind="pyramid")},
     "eyelid-seresnet-query": {},
