@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dinotrain.checkpoint import read_config
-from dinotrain.compare import compare_presets
+from dinotrain.compare import compare_presets, over_seeds
 from dinotrain.digests import digest
 from dinotrain.errors import UsageError
 from dinotrain.fit import train
@@ -37,24 +37,24 @@ def shared(tmp_path_factory, tiny_backbone):
 
 def test_both_recipes_are_trained_once_and_are_what_train_gives(shared, tmp_path):
     found = compare_presets(shared, tmp_path / "both")
-    assert {name: h.training["mode"] for name, h in found.items()} == {
+    assert {name: h.training["mode"] for name, (h,) in found.items()} == {
         "transfer": "frozen",
         "finetune": "finetune",
     }
     # The article's recipes differ in what trains and in the rate, and share the rest.
-    assert {h.training["optimizer"] for h in found.values()} == {"sgd"}
+    assert {h.training["optimizer"] for (h,) in found.values()} == {"sgd"}
     preset = get_task("classify").presets["transfer"]
     alone = TrainConfig(
-        **{**preset, **shared, "out": tmp_path / "a.safetensors", "name": "transfer"}
+        **{**preset, **shared, "out": tmp_path / "a.safetensors", "name": "transfer-0"}
     )
-    assert digest(train(alone)) == digest(tmp_path / "both" / "transfer.safetensors")
+    assert digest(train(alone)) == digest(tmp_path / "both" / "transfer-0.safetensors")
 
     def never(stage, done, total, note=""):
         raise AssertionError("a finished run was trained again")
 
-    again = compare_presets(shared, tmp_path / "both", never)
+    again = compare_presets(shared, tmp_path / "both", progress=never)
     assert again == found
-    assert read_config(tmp_path / "both" / "finetune.safetensors") == found["finetune"]
+    assert [read_config(tmp_path / "both" / "finetune-0.safetensors")] == found["finetune"]
 
 
 def test_runs_of_another_recipe_are_not_taken_for_these(shared, tmp_path):
@@ -66,3 +66,13 @@ def test_runs_of_another_recipe_are_not_taken_for_these(shared, tmp_path):
 def test_a_task_without_recipes(shared, tmp_path):
     with pytest.raises(UsageError, match="task eyelid has no recipes to compare"):
         compare_presets({**shared, "task": "eyelid"}, tmp_path)
+
+
+def test_figures_over_seeds(shared, tmp_path):
+    headers = compare_presets({**shared, "epochs": 1}, tmp_path, seeds=2)["transfer"]
+    assert [h.training["seed"] for h in headers] == [0, 1]
+    mean, deviation = over_seeds(headers, "test")
+    a, b = (h.metrics["test"]["probabilities"]["log_loss"] for h in headers)
+    assert mean["probabilities"]["log_loss"] == pytest.approx((a + b) / 2)
+    assert deviation["probabilities"]["log_loss"] == pytest.approx(abs(a - b) / 2**0.5)
+    assert over_seeds(headers[:1], "test")[1] == {}

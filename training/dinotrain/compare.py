@@ -3,7 +3,8 @@
 Each recipe is a preset of the task; each run is an ordinary one, with a checkpoint of its own.
 """
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,21 @@ from dinotrain.training_state import state_path
 
 
 def compare_presets(
-    shared: Mapping[str, Any], out: Path, progress: Progress | None = None
-) -> dict[str, CheckpointConfig]:
-    """Train every preset of a task.
+    shared: Mapping[str, Any], out: Path, seeds: int = 1, progress: Progress | None = None
+) -> dict[str, list[CheckpointConfig]]:
+    """Train every preset of a task with some seeds.
 
     A comparison that was cut off goes on: finished runs are read, a running one is resumed.
 
     Args:
         shared: fields of ``TrainConfig``, task, data and backbone among them; they win over the
             presets.
-        out: folder of the checkpoints, ``<preset>.safetensors``.
+        out: folder of the checkpoints, ``<preset>-<seed>.safetensors``.
+        seeds: how many, from 0 on.
         progress: as ``train`` calls it.
 
     Returns:
-        {preset: the header of its checkpoint}.
+        {preset: the headers of its checkpoints, one per seed}.
 
     Raises:
         UsageError: the task has no presets.
@@ -41,15 +43,47 @@ def compare_presets(
     task = get_task(shared["task"])
     if not task.presets:
         raise UsageError(f"task {task.name} has no recipes to compare. Use `dinoexport study`.")
-    found = {}
-    for name, preset in task.presets.items():
-        path = out / f"{name}.safetensors"
-        config = TrainConfig(**{**preset, **shared, "out": path, "name": name})
-        if not path.is_file():
-            resume = state_path(path).is_file()
-            train(msgspec.structs.replace(config, resume=resume), progress)
-        found[name] = _finished(config)
+    found: dict[str, list[CheckpointConfig]] = {name: [] for name in task.presets}
+    # Seed by seed, so that a comparison that is cut off has seen every recipe.
+    for seed in range(seeds):
+        for name, preset in task.presets.items():
+            path = out / f"{name}-{seed}.safetensors"
+            fields = {**preset, **shared, "out": path, "name": path.stem, "seed": seed}
+            config = TrainConfig(**fields)
+            if not path.is_file():
+                resume = state_path(path).is_file()
+                train(msgspec.structs.replace(config, resume=resume), progress)
+            found[name].append(_finished(config))
     return found
+
+
+def over_seeds(
+    headers: Sequence[CheckpointConfig], split: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the mean of every figure of a split over seeds, and its standard deviation.
+
+    Args:
+        headers: of one recipe's checkpoints.
+        split: ``val`` or ``test``.
+
+    Returns:
+        Two trees in the form of the metrics; words and lists, and figures that a seed lacks, are
+        left out. The deviations (n − 1) are empty for one seed.
+    """
+    trees = [header.metrics.get(split, {}) for header in headers]
+    mean = _fold(trees, lambda values: sum(values) / len(values))
+    return mean, _fold(trees, statistics.stdev) if len(trees) > 1 else {}
+
+
+def _fold(trees: Sequence[Any], figure: Callable[[list[float]], float]) -> dict[str, Any]:
+    folded: dict[str, Any] = {}
+    for key in trees[0]:
+        values = [tree.get(key) for tree in trees]
+        if all(isinstance(value, dict) for value in values):
+            folded[key] = _fold(values, figure)
+        elif all(isinstance(value, int | float) for value in values):
+            folded[key] = figure([float(value) for value in values])
+    return folded
 
 
 def _finished(config: TrainConfig) -> CheckpointConfig:

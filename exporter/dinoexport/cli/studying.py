@@ -1,30 +1,44 @@
-"""The command that runs the eyelid paper's experiments."""
+"""The command that runs experiments: the eyelid paper's, and recipes of a task side by side."""
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dinoexport.cli.app import ImageSize, Json, app
+from dinoexport.cli.app import ImageSize, Json, TaskName, app
 from dinoexport.cli.output import check_folder, one_line, one_of, parse_size, print_json
-from dinoexport.cli.training import Cache, Device, resolve_backbone
+from dinoexport.cli.training import Cache, Device, print_metrics, resolve_backbone
+from dinotrain.errors import UsageError
 
 if TYPE_CHECKING:
     from dinotrain.report.page import Table
 
+RECIPES = "recipes"
+SEEDS = 5
+
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(metavar="STUDY", help="baseline, ensemble or focal.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="STUDY",
+            help="baseline, ensemble or focal, of eyelid; recipes, of another task: frozen against "
+            "fine-tuned.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, results and the page.")],
     data: Annotated[
         Path | None,
         typer.Option(help="A manifest, or its folder; eyes are rendered if left out."),
     ] = None,
+    task: TaskName = "eyelid",
     count: Annotated[int, typer.Option(min=1, help="How many eyes are rendered.")] = 400,
     backbone: Annotated[str, typer.Option(help="As `train` takes it.")] = "embedded",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs per variant.")] = 5,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Runs per variant; 5, of recipes 1, if left out.")
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Of each run; the recipes' own if left out.")
     ] = None,
@@ -39,21 +53,39 @@ def study(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Run one of the eyelid paper's experiments over several seeds; goes on if cut off."""
+    """Run an experiment over several seeds; goes on if cut off."""
     from dinoexport.console import Reporter, quiet
     from dinotrain.study.plan import STUDIES, StudyRequest
     from dinotrain.study.runs import run_study
     from dinotrain.study.tables import closing_tables, warning
 
-    chosen = STUDIES[one_of("study", name, tuple(STUDIES))]
+    one_of("study", name, (*STUDIES, RECIPES))
     check_folder(out)
+    if name == RECIPES:
+        if data is None:
+            raise UsageError("study recipes reads your data. Name them with --data.")
+        shared = {
+            "task": task,
+            "data": data,
+            "backbone": resolve_backbone(backbone),
+            "device": one_of("device", device, ("auto", "cpu", "cuda")),
+            "cache": cache,
+            "report": True,
+        }
+        shared |= {"epochs": epochs} if epochs else {}
+        shared |= {"image_size": parse_size(image_size)} if image_size else {}
+        _recipes(shared, out, seeds or 1, json)
+        return
+    chosen = STUDIES[name]
+    if task != chosen.task:
+        raise UsageError(f"study {name} is of task {chosen.task}. Use recipes for {task}.")
     request = StudyRequest(
         study=chosen,
         backbone=resolve_backbone(backbone),
         out=out,
         data=data,
         count=count,
-        seeds=seeds,
+        seeds=seeds or SEEDS,
         epochs=epochs,
         image_size=parse_size(image_size) or (224, 224),
         device=one_of("device", device, ("auto", "cpu", "cuda")),
@@ -70,6 +102,28 @@ def study(
     typer.echo(warning(result))
     typer.echo(result.notice)
     typer.echo(f"{result.page}")
+
+
+def _recipes(shared: dict[str, Any], out: Path, seeds: int, json: bool) -> None:
+    """Run and print a task's recipes side by side."""
+    from dinoexport.console import Reporter, quiet
+    from dinotrain.compare import compare_presets, over_seeds
+
+    with Reporter().tracker() as track, quiet(Path(os.devnull)):
+        found = compare_presets(shared, out, seeds, track)
+    runs = [header for headers in found.values() for header in headers]
+    split = "test" if all("test" in header.metrics for header in runs) else "val"
+    if json:
+        print_json({n: over_seeds(headers, split)[0] for n, headers in found.items()})
+        return
+    for name, headers in found.items():
+        mean, deviation = over_seeds(headers, split)
+        epochs = ", ".join(str(header.training["best_epoch"]) for header in headers)
+        typer.echo(f"{name}: {headers[0].training['mode']}, best epoch {epochs}")
+        print_metrics(f"{split}, mean of {seeds}" if deviation else split, mean)
+        if deviation:
+            print_metrics("standard deviation", deviation)
+    typer.echo(runs[0].notice)
 
 
 def _print_table(table: "Table") -> None:

@@ -52,8 +52,37 @@ def test_a_study_prints_its_tables_and_goes_on(run, short_study, tiny_checkpoint
         (["focal", "--out", "x", "--seeds", 0], "Invalid value '0' for '--seeds'"),
         (["focal", "--out", "x", "--backbone", "dinov3"], "unknown backbone 'dinov3'"),
         (["focal"], "Missing option '--out'"),
+        (["focal", "--out", "x", "--task", "segment"], "study focal is of task eyelid"),
+        (["recipes", "--out", "x", "--task", "segment"], "Name them with --data"),
+        (["recipes", "--out", "x", "--data", "."], "task eyelid has no recipes to compare"),
     ],
 )
 def test_studies_that_cannot_be_run(refused, arguments, says, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert says in refused("study", *arguments)
+
+
+def test_recipes_side_by_side(run, tiny_checkpoint, tmp_path) -> None:
+    data, out = tmp_path / "gazes", tmp_path / "both"
+    assert run("data", "synth", "--task", "classify", "--count", 30, "--out", data).status == 0
+    arguments = ("study", "recipes", "--task", "classify", "--data", data, "--out", out)
+    arguments += ("--backbone", tiny_checkpoint, "--image-size", 28, "--epochs", 1, "--seeds", 2)
+    arguments += ("--cache", tmp_path / "cache", "--device", "cpu")
+    result = run(*arguments)
+    assert result.status == 0, result.err
+    for words in (
+        "transfer: frozen",
+        "finetune: finetune",
+        "test, mean of 2",
+        "standard deviation",
+    ):
+        assert words in result.out
+    assert sorted(path.name for path in out.glob("*.safetensors")) == [
+        "finetune-0.safetensors",
+        "finetune-1.safetensors",
+        "transfer-0.safetensors",
+        "transfer-1.safetensors",
+    ]
+    found = run(*arguments, "--json").json
+    accuracy = found["transfer"]["probabilities"]["accuracy"]
+    assert f"{accuracy:.4g}" in result.out
