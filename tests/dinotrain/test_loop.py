@@ -14,6 +14,7 @@ import torch
 from dinotrain.checkpoint import load_checkpoint, read_config
 from dinotrain.digests import digest
 from dinotrain.errors import UsageError
+from dinotrain.features import FeatureStore
 from dinotrain.fit import evaluate, train
 from dinotrain.heads.branch import HeadConfig
 from dinotrain.train_config import TrainConfig
@@ -223,7 +224,33 @@ def test_bfloat16_trains(config):
 def test_a_page_and_events_are_written_beside(config, tmp_path):
     path = train(change(config, report=True, events=tmp_path / "events", epochs=2))
     page = path.with_suffix(".html").read_text(encoding="utf-8")
-    for text in ("Training", "Validation: ", "Test: ", "mrd1_mm", "not a medical device"):
+    for text in ("Training", "Validation: ", "Test: ", "mrd1_mm", "not a medical device", "bit 8"):
         assert text in page
     assert list((tmp_path / "events").iterdir())
     assert json.loads(msgspec.json.encode(read_config(path).training))["epochs"] == 2
+
+
+def test_bits_are_judged_on_test_samples(config, tiny_eyes, cache):
+    """Against the decoder's own probabilities of the plain code, bit by bit."""
+    recipe = change(config, encoding=msgspec.structs.replace(config.encoding, kind="plain", bits=3))
+    path = train(recipe)
+    found = read_config(path).training["bit_calibration_error"]
+    model = load_checkpoint(path)[0]
+    dataset = model.task.read(tiny_eyes, image_size=(28, 28))
+    part = dataset.split("test")
+    store = FeatureStore(model, cache)
+    with torch.no_grad():
+        batch = store.batch(part.samples)
+        p = model.decoder.bit_probabilities(model.logits(batch.inputs, batch.present))[:, 0, 0]
+    levels = np.floor((part.labels(["mrd1"])[:, 0] + 6) / 16 * 8).astype(int)
+    for bit in range(3):
+        truth = (levels >> (2 - bit)) & 1
+        bins = np.minimum((p[:, bit].numpy() * 15).astype(int), 14)
+        gaps = [
+            abs(p[bins == b, bit].mean().item() - truth[bins == b].mean()) * (bins == b).mean()
+            for b in np.unique(bins)
+        ]
+        # Rounded to four digits in the header.
+        assert found["mrd1_mm"][bit] == pytest.approx(sum(gaps), abs=1e-4)
+    scalar = change(config, encoding=msgspec.structs.replace(config.encoding, kind="scalar"))
+    assert read_config(train(scalar)).training["bit_calibration_error"] == {}

@@ -12,7 +12,7 @@ from dinotrain.backbones.loading import NAMES
 from dinotrain.checkpoint import CheckpointConfig, read_config, save_checkpoint
 from dinotrain.data.dataset import Dataset
 from dinotrain.errors import CheckpointError
-from dinotrain.loop import predict
+from dinotrain.loop import logits_of, predict
 from dinotrain.model import ModelConfig, TaskModel
 from dinotrain.objectives.base import Objective, Predictions, Values
 from dinotrain.report.training import JudgedSplit, report_path, write_training_report
@@ -76,6 +76,7 @@ def write_model(
             "baseline": objective.baseline(reference),
             "label_step": dataset.label_step(),
             "no_intervals": unsure,
+            "bit_calibration_error": _judge_bits(model, dataset, source, objective, live),
             # The names of files and people stay out of what is passed on.
             "skipped": len(dataset.skipped),
         }
@@ -134,6 +135,24 @@ def _judge(
     subjects = [sample.subject_id for sample in part.samples]
     metrics = model.task.evaluate(predicted, true, reference, part.classes, subjects)
     return JudgedSplit(part, predicted, true, metrics)
+
+
+def _judge_bits(
+    model: TaskModel, dataset: Dataset, source: Source, objective: Objective, live: bool
+) -> dict[str, list[float | None]]:
+    """Calibration error per bit on the test samples, {output name: …}; empty where none are bits.
+
+    Source: METHODS B8.
+    """
+    part = dataset.split("test")
+    if not objective.has_bits or not part.samples:
+        return {}
+    logits = torch.cat(list(logits_of(model, source, part.samples, live)))
+    found = objective.bit_calibration(logits, model.task.truth(part.samples, part.image_size))
+    return {
+        name: [None if error is None else round(error, 4) for error in errors]
+        for name, errors in found.items()
+    }
 
 
 def _data_source(dataset: Dataset) -> str:

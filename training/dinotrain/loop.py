@@ -9,7 +9,7 @@ Source: METHODS B7, C.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,16 +69,22 @@ def predict(
     Returns:
         The named outputs, samples first: float64, or the output's own whole numbers.
     """
+    return _stack([model.decode(logits) for logits in logits_of(model, source, samples, live)])
+
+
+@torch.inference_mode()
+def logits_of(
+    model: TaskModel, source: Source, samples: Sequence[Sample], live: bool = False
+) -> Iterator[Tensor]:
+    """Give the logits of samples, some at a time, in this process alone."""
     trainee = Trainee(model, live)
     was_training = model.training
     model.eval()
     device = model.pixel_mean.device
-    rows: list[dict[str, Tensor]] = []
     for start in range(0, len(samples), EVALUATION_BATCH):
         batch = source.batch(samples[start : start + EVALUATION_BATCH]).to(device)
-        rows.append(model.decode(trainee(batch.inputs, batch.present)))
+        yield trainee(batch.inputs, batch.present)
     model.train(was_training)
-    return _stack(rows)
 
 
 def _stack(rows: list[dict[str, Tensor]]) -> Predictions:

@@ -20,6 +20,8 @@ class Objective(ABC):
     """What ``validation_error`` is, as progress shows it."""
     diagnoses: bool = False
     """Whether ``diagnose`` has something to say."""
+    has_bits: bool = False
+    """Whether logits are bits, whose probabilities ``bit_calibration`` can judge."""
 
     @abstractmethod
     def check(self, labels: Values) -> None:
@@ -36,6 +38,10 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits and (B, labels) float64, NaN where a label is missing → a scalar."""
+
+    def bit_calibration(self, logits: Tensor, labels: Values) -> dict[str, list[float | None]]:
+        """Return the calibration error of each bit, {output name: …}; see subclasses."""
+        return {}
 
     def diagnose(
         self, logits: Tensor, labels: Tensor, embeddings: Sequence[Tensor]

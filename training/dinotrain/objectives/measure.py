@@ -77,6 +77,7 @@ class MeasureObjective(Objective):
         self.head = head
         self.decoder = decoder
         self.targets = decoder.targets
+        self.has_bits = config.encoding.kind not in Z_SCORE_KINDS
         self.diagnoses = config.orthogonality == "grad"
         weights = bit_weights(config.encoding.width, config.bit_rho)
         self.bit_weights = weights.to(decoder.low.device)

@@ -13,10 +13,12 @@ from dinotrain.data.summary import Summary
 from dinotrain.model import TaskModel
 from dinotrain.objectives.base import Predictions
 from dinotrain.report.data_section import data_section
-from dinotrain.report.page import Report, Section, write_report
+from dinotrain.report.page import Report, Section, Table, write_report
 from dinotrain.report.run_plots import learning_rate_sweep, training_curves
+from dinotrain.report.text import NOTHING, number
 from dinotrain.tasks.base import Case
 
+MAX_BITS = 24
 SPLITS = {"val": "Validation", "test": "Test"}
 
 
@@ -95,7 +97,27 @@ def _course(header: CheckpointConfig, error_name: str) -> Section:
     if "probe" in story:
         figures.append(learning_rate_sweep(story["probe"]["val_accuracy"]))
     text = f"Training ended early: {story['stopped']}." if story.get("stopped") else ""
-    return Section(title="Training", text=text, figures=figures)
+    return Section(title="Training", text=text, tables=_bits(header), figures=figures)
+
+
+def _bits(header: CheckpointConfig) -> list[Table]:
+    errors = header.training.get("bit_calibration_error")
+    count = max(map(len, errors.values())) if errors else 0
+    # A thermometer has hundreds.
+    if not 0 < count <= MAX_BITS:
+        return []
+    rows = [
+        [name, *(NOTHING if error is None else number(error, 3) for error in found)]
+        for name, found in errors.items()
+    ]
+    return [
+        Table(
+            columns=("test samples", *(f"bit {n}" for n in range(1, count + 1))),
+            rows=rows,
+            caption="Expected calibration error of each bit, the most significant first: how far "
+            "its stated probability is from how often it is set.",
+        )
+    ]
 
 
 def _facts(model: TaskModel, header: CheckpointConfig) -> dict[str, Any]:
