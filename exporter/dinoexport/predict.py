@@ -12,6 +12,7 @@ from PIL import Image
 
 from dinoexport.bundle import Bundle, check_files, open_bundle
 from dinoexport.console import quiet
+from dinoexport.targets.ports import check_outputs
 from dinoexport.targets.table import get_target
 from dinotrain.data.images import crop_window, fit_image, read_image
 from dinotrain.errors import DataError, UsageError, unknown_name
@@ -79,6 +80,7 @@ def predict_files(
     with quiet(Path(os.devnull)):
         runtime = get_target(bundle.manifest.target).runtime(bundle.artifact)
         result = runtime.run(images)
+    check_outputs(result.outputs, bundle.manifest.outputs, bundle.artifact)
     order = [o.name for o in bundle.manifest.outputs]
     values = {name: result.outputs[name] for name in order}
     whole = {o.name for o in bundle.manifest.outputs if o.dtype.startswith(("int", "uint"))}
