@@ -101,8 +101,8 @@ def _course(header: CheckpointConfig, error_name: str) -> Section:
 
 
 def _bits(header: CheckpointConfig) -> list[Table]:
-    errors = header.training.get("bit_calibration_error")
-    count = max(map(len, errors.values())) if errors else 0
+    errors: dict[str, Any] = header.training.get("bit_calibration_error") or {}
+    count = max(map(len, errors.values()), default=0)
     # A thermometer has hundreds.
     if not 0 < count <= MAX_BITS:
         return []
