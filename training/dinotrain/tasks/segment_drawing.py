@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
+from dinotrain.report.palette import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, YELLOW, rgb
 from dinotrain.tasks.sheet import INK, LINE_PX, QUIET, Sheet, wrapped
 
 PANEL_PX = 448
@@ -12,16 +13,7 @@ COVER = 0.45
 """How much of a class's colour lies over the photograph; its outline is the colour itself."""
 
 _MARGIN, _GAP, _ROW = 36, 24, 30
-# Told apart by people who see no red or green too (Okabe and Ito).
-_COLOURS = (
-    (230, 159, 0),
-    (0, 114, 178),
-    (213, 94, 0),
-    (0, 158, 115),
-    (204, 121, 167),
-    (86, 180, 233),
-    (240, 228, 66),
-)
+_COLOURS = tuple(rgb(colour) for colour in (ORANGE, BLUE, VERMILION, GREEN, PURPLE, SKY, YELLOW))
 
 
 def class_colour(number: int) -> tuple[int, int, int]:
