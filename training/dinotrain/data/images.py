@@ -86,19 +86,6 @@ def verify_image(path: Path) -> tuple[int, int]:
         return size
 
 
-def check_image(path: Path) -> tuple[int, int]:
-    """Check a picture by its header alone, without decoding it.
-
-    Returns:
-        (height, width) in pixels, upright.
-
-    Raises:
-        DataError: as ``read_image``, except for damage behind the header.
-    """
-    with _open(path) as image:
-        return _upright_size(image)
-
-
 def crop_window(
     image: Pixels, px_per_mm: float, window_mm: float, image_size: tuple[int, int]
 ) -> Pixels:
