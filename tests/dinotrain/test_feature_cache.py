@@ -277,31 +277,36 @@ def test_an_entry_holds_something(tmp_path):
         FeatureCache(tmp_path).put(KEY, [])
 
 
-def write_and_read(folder: Path, value: float, rounds: int, failures) -> None:
-    """Put the same key over and over; whoever was last, an entry is whole."""
+def write_and_read(folder: Path, value: float, rounds: int, reports) -> None:
+    """Put the same key over and over and report every set of numbers that was read.
+
+    A read that the other process overtakes each time is a miss, which is no fault: what must not
+    be is an entry of two halves.
+    """
     torch.set_num_threads(1)
     cache = FeatureCache(folder)
+    read = []
     for _ in range(rounds):
         cache.put(KEY, [torch.full((SMALL_BYTES,), value), torch.full((7,), value)])
-        found = cache.get(KEY)
-        if found is None or len({float(x) for t in found for x in (t.min(), t.max())}) != 1:
-            failures.put((value, found))
-    failures.put(None)
+        found = cache.get(KEY) or ()
+        read.append({float(x) for t in found for x in (t.min(), t.max())})
+    reports.put(read)
 
 
 def test_two_processes_may_write_one_key(tmp_path):
     context = multiprocessing.get_context("spawn")
-    failures = context.Queue()
+    reports = context.Queue()
     workers = [
-        context.Process(target=write_and_read, args=(tmp_path, value, 60, failures))
+        context.Process(target=write_and_read, args=(tmp_path, value, 60, reports))
         for value in (1.0, 2.0)
     ]
     for worker in workers:
         worker.start()
-    reported = [failures.get(timeout=120) for _ in workers]
+    read = [numbers for _ in workers for numbers in reports.get(timeout=120)]
     for worker in workers:
         worker.join(120)
         assert worker.exitcode == 0
-    assert reported == [None, None]
+    assert all(len(numbers) <= 1 for numbers in read)
+    assert any(read)
     assert FeatureCache(tmp_path).get(KEY) is not None
     assert not list(tmp_path.rglob("*.part"))

@@ -65,8 +65,8 @@ class FeatureCache:
     def get(self, key: str) -> tuple[Tensor, ...] | None:
         """Return what was put under a key: float32, on the CPU.
 
-        None is given for whatever is missing, partial, damaged, of another key, or not this
-        program's.
+        None is given for whatever is missing, partial, damaged, of another key, not this
+        program's, or replaced by others during every one of ``RETRIES`` reads.
         """
         path = self.entry(key)
         stamp = _stamp(path)
