@@ -4,6 +4,7 @@ It is captured twice, with and without its taps as outputs, and the two graphs a
 the same nodes; so a tap's node is known by name in the graph that ships.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from torch.export import ExportedProgram
 
 from dinoexport.errors import BuildError
 from dinoexport.graph.deploy_model import DeployModel, round_weights_
+from dinoexport.passes.base import Pass
+from dinoexport.passes.sequence import PASSES, build_deploy_model
 from dinotrain.model import TaskModel
 
 
@@ -38,7 +41,9 @@ class CapturedProgram:
         return {name: torch.zeros(shape, dtype=torch.uint8) for name in self.input_names}
 
 
-def capture(model: TaskModel, precision: str = "fp32") -> CapturedProgram:
+def capture(
+    model: TaskModel, precision: str = "fp32", passes: Sequence[Pass] = PASSES
+) -> CapturedProgram:
     """Capture the deploy graph of a trained model, its weights rounded to a precision.
 
     Rounding happens here and not in the targets, so that every target of a precision ships the
@@ -46,9 +51,10 @@ def capture(model: TaskModel, precision: str = "fp32") -> CapturedProgram:
 
     Raises:
         BuildError: the graph with taps differs from the graph without.
+        PassError: a pass cannot be applied.
     """
-    plain = round_weights_(DeployModel(model), precision)
-    debug = round_weights_(DeployModel(model, debug=True), precision)
+    plain = round_weights_(build_deploy_model(model, passes), precision)
+    debug = round_weights_(build_deploy_model(model, passes, debug=True), precision)
     return capture_deploy(plain, debug)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dinoexport.errors import ParityError
 from dinoexport.graph.deploy_model import HEAD_TAP, DeployModel, round_weights_
+from dinoexport.passes.sequence import build_deploy_model
 from dinoexport.verify.metrics import max_error, sqnr_db
 from dinoexport.verify.samples import parity_samples
 from dinotrain.model import TaskModel
@@ -135,14 +136,16 @@ def make_reference(
     inputs = {name: np.stack([sample[name] for sample in samples]) for name in names}
     with _exact_arithmetic():
         model = model.to(device)
-        deploy = DeployModel(model).to(device)
+        deploy = build_deploy_model(model).to(device)
         positions = _positions(deploy, device)
-        exact = _run_all(lambda pixels: _run_training(model, pixels), inputs, positions, device)
+        exact = _run_all(
+            lambda pixels: _run_training(model, pixels, deploy), inputs, positions, device
+        )
         _check_finite(exact)
         norms = _norms(deploy, device)
         deployed = {}
         for precision in DEPLOYED_PRECISIONS:
-            copy = round_weights_(DeployModel(model).to(device), precision)
+            copy = round_weights_(build_deploy_model(model).to(device), precision)
             deployed[precision] = _run_all(copy.run, inputs, positions, device)
         _check_deploy(exact, deployed["fp32"], model.task)
     model.to("cpu")
@@ -186,13 +189,18 @@ def _describe(device: torch.device) -> str:
 
 
 def _run_training(
-    model: TaskModel, pixels: tuple[Tensor, ...]
+    model: TaskModel, pixels: tuple[Tensor, ...], deploy: DeployModel
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Outputs of the training model, and its taps computed along the same blocks."""
+    """Outputs of the training model, and its taps computed along the same blocks: of each block
+    the tokens that the deploy graph computes.
+    """
     outputs = model(dict(zip([i.name for i in model.task.inputs], pixels, strict=True)))
     stacked = torch.cat(pixels)
     pool, backbone = model.pool, model.backbone
     taps = dict(backbone.trace(model.normalise(stacked), pool.deepest))
+    for index, block in enumerate(deploy.blocks):
+        for name in (f"blocks.{index}.attn", f"blocks.{index}.mlp"):
+            taps[name] = taps[name][:, : block.rows]
     features = model.extract(stacked)
     if pool.gives_vector:
         taps[HEAD_TAP[True]] = pool(features)

@@ -20,6 +20,8 @@ from dinoexport.graph.capture import (
     capture_deploy,
 )
 from dinoexport.graph.deploy_model import DeployModel, round_weights_
+from dinoexport.passes.base import apply_passes
+from dinoexport.passes.sequence import PASSES, build_deploy_model
 from dinotrain.backbones.vit import ViTConfig, swiglu_hidden_dim
 from dinotrain.encoding import Encoding
 from dinotrain.heads.branch import HeadConfig
@@ -57,7 +59,9 @@ def case(request, random_model) -> Case:
     """A captured program, and the deploy model that it must equal, with taps."""
     model = random_model(**VARIANTS[request.param])
     precision = PRECISIONS[request.param]
-    return capture(model, precision), round_weights_(DeployModel(model, debug=True), precision)
+    return capture(model, precision), round_weights_(
+        build_deploy_model(model, debug=True), precision
+    )
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +342,7 @@ class OneLess(DeployModel):
 def test_graphs_that_differ_are_refused(random_model, fault: Callable):
     model = random_model(**VARIANTS["linear-scalar"])
     with pytest.raises(BuildError, match="the graph with taps differs") as caught:
-        capture_deploy(DeployModel(model), fault(model, debug=True))
+        capture_deploy(build_deploy_model(model), apply_passes(fault(model, debug=True), PASSES))
     assert "\n" not in str(caught.value)
 
 
