@@ -14,6 +14,7 @@ from dinoexport.passes.fold_layer_norms import FoldLayerNorms
 from dinoexport.passes.fold_layer_scale import FoldLayerScale
 from dinoexport.passes.fold_normalisation import FoldNormalisation
 from dinoexport.passes.split_qkv import SplitQkv
+from dinoexport.passes.to_channels_first import ToChannelsFirst
 from dinoexport.passes.write_out_attention import WriteOutAttention
 from dinotrain.model import TaskModel
 
@@ -30,6 +31,9 @@ PASSES: tuple[Pass, ...] = (
     CutLastBlock(),
     FoldHead(),
 )
+
+LAYOUTS: dict[str, tuple[Pass, ...]] = {"tokens": PASSES, "ane": (*PASSES, ToChannelsFirst())}
+"""Layout → passes: rows of tokens, or the columns that Apple's Neural Engine works in."""
 
 
 def build_deploy_model(
