@@ -24,7 +24,8 @@ from dinoexport.bundle import (
 from dinoexport.console import Reporter, quiet
 from dinoexport.embedded import embedded_checkpoint
 from dinoexport.errors import BuildError, ParityError
-from dinoexport.graph.capture import CapturedProgram, capture
+from dinoexport.graph.capture import CapturedProgram, capture_deploy
+from dinoexport.graph.deploy_model import DeployModel
 from dinoexport.manifest import (
     CheckpointRecord,
     Manifest,
@@ -32,6 +33,11 @@ from dinoexport.manifest import (
     describe_inputs,
     describe_preprocessing,
 )
+from dinoexport.passes.base import apply_passes
+from dinoexport.passes.guard_norms import GuardNorms, large_norms
+from dinoexport.passes.sequence import LAYOUTS, build_deploy_model
+from dinoexport.quantize.prepare import prepare_
+from dinoexport.recipes import Recipe, parse_recipe
 from dinoexport.report import render_report
 from dinoexport.targets.base import LowerOptions, Target
 from dinoexport.targets.table import expand_targets, get_target
@@ -41,7 +47,10 @@ from dinoexport.verify.reference import (
     encode_reference,
     load_reference,
     make_reference,
+    with_deployed,
+    with_deployed_of,
 )
+from dinotrain.backbones.vit import ViTConfig
 from dinotrain.checkpoint import CheckpointConfig, load_checkpoint, read_config
 from dinotrain.digests import digest
 from dinotrain.errors import CheckpointError, DinoError, UsageError, unknown_name
@@ -73,6 +82,7 @@ class BuildRequest:
     precision: str = "fp16"
     image_size: tuple[int, int] | None = None
     minimum_ios: int = 17
+    layout: str = "tokens"
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,7 @@ class BuildPlan:
     request: BuildRequest
     checkpoint: Path
     config: CheckpointConfig
+    recipe: Recipe
     name: str
     targets: tuple[str, ...]
 
@@ -122,9 +133,9 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     """
     get_task(request.task)
     targets = expand_targets(request.target)
+    recipe = parse_recipe(request.precision)
     for name in targets:
-        if request.precision not in get_target(name).precisions:
-            raise unknown_name("precision", request.precision, get_target(name).precisions)
+        get_target(name).check(recipe)
     path = request.checkpoint or embedded_checkpoint(request.task)
     config = read_config(path)
     if config.task != request.task:
@@ -134,8 +145,20 @@ def plan_build(request: BuildRequest) -> BuildPlan:
         )
     config = _resize(config, request.image_size, path)
     size = "x".join(map(str, dict.fromkeys(config.image_size)))
-    name = f"{config.task}-{_short(config.backbone.name)}-{size}-{request.precision}"
-    return BuildPlan(request, path, config, name, tuple(targets))
+    _check_layout(request.layout, config, path)
+    name = f"{config.task}-{_short(config.backbone.name)}-{size}-{recipe.name}"
+    name += "" if request.layout == "tokens" else f"-{request.layout}"
+    return BuildPlan(request, path, config, recipe, name, tuple(targets))
+
+
+def _check_layout(layout: str, config: CheckpointConfig, path: Path) -> None:
+    if layout not in LAYOUTS:
+        raise unknown_name("layout", layout, LAYOUTS)
+    if layout != "tokens" and not isinstance(config.backbone, ViTConfig):
+        raise UsageError(
+            f"--layout {layout} is one of tokens, and {path.name} has a convolutional backbone, "
+            f"{config.backbone.name}, which has none. Use --layout tokens."
+        )
 
 
 def _short(backbone: str) -> str:
@@ -174,6 +197,22 @@ def load_model(plan: BuildPlan) -> TaskModel:
     return resized.eval().requires_grad_(False)
 
 
+def make_deploy_model(model: TaskModel, plan: BuildPlan, reference: Reference) -> DeployModel:
+    """Return the deploy model of a build: all passes, then those that the recipe and the layout ask
+    for.
+
+    Args:
+        model: trained, eval mode, on the CPU.
+        plan: says recipe and layout.
+        reference: its inputs show which LayerNorms half precision needs guarded.
+    """
+    deploy = build_deploy_model(model)
+    if plan.recipe.base.name != "fp32":
+        samples = (reference.pixels(index) for index in range(reference.samples))
+        apply_passes(deploy, [GuardNorms(large_norms(deploy, samples))])
+    return apply_passes(deploy, LAYOUTS[plan.request.layout])
+
+
 def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
     """Build, verify and put in place one bundle per target.
 
@@ -191,8 +230,15 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
         _check_space(model, request.out)
         with reporter.step("reference (PyTorch float32)"):
             reference = make_reference(model, sha256)
-        with reporter.step(f"capture at {request.precision}"), quiet(log):
-            program = capture(model, request.precision)
+            deploy = make_deploy_model(model, plan, reference)
+        # What follows needs the deploy model alone, and large models fill the memory.
+        del model
+        with reporter.step(f"quantise to {plan.recipe.name}"):
+            layers = prepare_(deploy, plan.recipe)
+            reference = with_deployed(reference, plan.recipe.name, deploy)
+        with reporter.step("capture"), quiet(log):
+            program = capture_deploy(deploy, plan.recipe, layers)
+        del deploy
         return BuildResult(
             tuple(
                 _build_one(plan, get_target(name), program, reference, reporter, log)
@@ -209,7 +255,7 @@ def _build_one(
     reporter: Reporter,
     log: Path,
 ) -> BuiltBundle:
-    options = LowerOptions(plan.request.precision, plan.request.minimum_ios)
+    options = LowerOptions(plan.request.minimum_ios)
     task = get_task(plan.config.task)
     bundle_name = plan.bundle_name(target.name)
     with staged(plan.request.out, bundle_name) as folder:
@@ -220,16 +266,16 @@ def _build_one(
         gc.collect()
         with reporter.step(f"verify {target.name}") as step, quiet(log):
             verdict = verify_artifact(
-                target, artifact, taps, options.precision, reference, task, step.update
+                target, artifact, taps, plan.recipe, reference, task, step.update
             )
         (folder / REFERENCE).write_bytes(encode_reference(reference))
         manifest = Manifest(
             name=plan.name,
             task=task.name,
             target=target.name,
-            precision=options.precision,
+            precision=plan.recipe.name,
             artifact=artifact.name,
-            minimum_os=target.minimum_os(options),
+            minimum_os=target.minimum_os(plan.recipe, options),
             inputs=tuple(describe_inputs(task, plan.config.image_size, target.image_input)),
             outputs=task.outputs(plan.config),
             preprocessing=describe_preprocessing(plan.config),
@@ -252,7 +298,7 @@ def _build_one(
         write_manifest(folder, manifest)
     return BuiltBundle(
         target.name,
-        options.precision,
+        plan.recipe.name,
         plan.request.out / bundle_name,
         artifact_size(manifest),
         verdict,
@@ -286,7 +332,7 @@ def embedded_metadata(plan: BuildPlan, sha256: str) -> dict[str, str]:
         "name": plan.name,
         "task": task.name,
         "summary": task.summary,
-        "precision": plan.request.precision,
+        "precision": plan.recipe.name,
         "licence": plan.config.licence,
         "notice": plan.config.notice,
         "trained_on": plan.config.trained_on,
@@ -337,6 +383,10 @@ def verify_bundle(path: Path, reference_file: Path | None, reporter: Reporter) -
     manifest = bundle.manifest
     reference = load_reference(reference_file or bundle.reference)
     _check_reference(reference, bundle, reference_file)
+    recipe = parse_recipe(manifest.precision)
+    if reference_file:
+        own = load_reference(bundle.reference)
+        reference = with_deployed_of(reference, recipe.name, own)
     target = get_target(manifest.target)
     log = Path(os.devnull)
     with reporter.step(f"verify {manifest.artifact}") as step, quiet(log):
@@ -344,7 +394,7 @@ def verify_bundle(path: Path, reference_file: Path | None, reporter: Reporter) -
             target,
             bundle.artifact,
             manifest.taps,
-            manifest.precision,
+            recipe,
             reference,
             get_task(manifest.task),
             step.update,
@@ -374,6 +424,10 @@ def write_reference(plan: BuildPlan, out: Path, reporter: Reporter) -> Reference
         model = load_model(plan)
     with reporter.step("reference (PyTorch float32)"):
         reference = make_reference(model, digest(plan.checkpoint))
+        # Weights of this recipe are rounded alike everywhere; others come from the bundle.
+        deploy = build_deploy_model(model)
+        prepare_(deploy, parse_recipe("fp16"))
+        reference = with_deployed(reference, "fp16", deploy)
     partial = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -24,11 +24,15 @@ def build(
         "artifacts"
     ),
     checkpoint: Checkpoint = None,
-    precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp16",
+    precision: Annotated[str, typer.Option(help="A recipe; see `dinoexport list`.")] = "fp16",
     image_size: ImageSize = None,
     minimum_ios: Annotated[
         int, typer.Option(min=16, max=18, help="Core ML only: 16, 17 or 18.")
     ] = 17,
+    layout: Annotated[
+        str,
+        typer.Option(help="tokens, or ane: columns and 1×1 convolutions, for the Neural Engine."),
+    ] = "tokens",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built.")] = False,
     json: Json = False,
 ) -> None:
@@ -44,6 +48,7 @@ def build(
         precision=precision,
         image_size=parse_size(image_size),
         minimum_ios=minimum_ios,
+        layout=layout,
     )
     plan = plan_build(request)
     check_folder(out)
@@ -126,7 +131,7 @@ def _print_plan(plan: Any, json: bool) -> None:
         "checkpoint": str(plan.checkpoint),
         "backbone": plan.config.backbone.name,
         "image_size": list(plan.config.image_size),
-        "precision": plan.request.precision,
+        "precision": plan.recipe.name,
         "bundles": [str(plan.request.out / plan.bundle_name(t)) for t in plan.targets],
         "notice": plan.config.notice,
     }

@@ -32,8 +32,9 @@ PASSES: tuple[Pass, ...] = (
     FoldHead(),
 )
 
-LAYOUTS: dict[str, tuple[Pass, ...]] = {"tokens": PASSES, "ane": (*PASSES, ToChannelsFirst())}
-"""Layout → passes: rows of tokens, or the columns that Apple's Neural Engine works in."""
+LAYOUTS: dict[str, tuple[Pass, ...]] = {"tokens": (), "ane": (ToChannelsFirst(),)}
+"""Layout → what comes behind ``PASSES``: rows of tokens stay, or become the columns that Apple's
+Neural Engine works in."""
 
 
 def build_deploy_model(

@@ -7,8 +7,10 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 
 from dinoexport.errors import BuildError
-from dinoexport.graph.deploy_model import DeployModel, round_weights_
+from dinoexport.graph.deploy_model import DeployModel
 from dinoexport.passes.sequence import build_deploy_model
+from dinoexport.quantize.prepare import prepare_
+from dinoexport.recipes import parse_recipe
 from dinotrain.backbones.vit import ViTConfig, swiglu_hidden_dim
 from dinotrain.encoding import Encoding
 from dinotrain.heads.branch import HeadConfig
@@ -21,6 +23,12 @@ SWIGLU = replace(PLAIN, ffn="swiglu", ffn_dim=swiglu_hidden_dim(48), registers=2
 DEPLOY_BUDGET_MM = 1e-4
 NAMES = ["mrd1_mm", "mrd2_mm", "lf_mm"]
 STD_NAMES = ["mrd1_std_mm", "mrd2_std_mm", "lf_std_mm"]
+
+
+def rounded_(deploy: DeployModel, recipe: str) -> DeployModel:
+    """Prepare a deploy model for a recipe, by its name."""
+    prepare_(deploy, parse_recipe(recipe))
+    return deploy
 
 
 # --- the deploy graph against the training model -------------------------------------------------
@@ -151,7 +159,7 @@ def test_dropout_is_off_even_while_training_goes_on(random_model, random_pixels)
 def test_the_trained_model_is_not_changed(random_model, random_pixels):
     model = random_model(backbone=SWIGLU)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    deploy = round_weights_(build_deploy_model(model), "fp16")
+    deploy = rounded_(build_deploy_model(model), "fp16")
     deploy(*random_pixels(0, (56, 56)))
     for parameter in deploy.parameters():
         parameter.fill_(3.0)
@@ -269,7 +277,7 @@ def test_output_names_follow_the_tasks_order(random_model):
 def test_weights_are_rounded_to_half_and_the_decoder_is_not(random_model):
     model = random_model(backbone=REGISTERS, encoding=Encoding(kind="scalar"))
     model.decoder.mean.fill_(np.pi)
-    exact, rounded = build_deploy_model(model), round_weights_(build_deploy_model(model), "fp16")
+    exact, rounded = build_deploy_model(model), rounded_(build_deploy_model(model), "fp16")
     names = [name for name, _ in rounded.named_parameters()]
     assert names
     for name in names:
@@ -287,12 +295,12 @@ def test_weights_are_rounded_to_half_and_the_decoder_is_not(random_model):
 
 def test_bit_weights_of_24_bits_stay_exact(random_model):
     """Half precision has no 2^-25."""
-    rounded = round_weights_(build_deploy_model(random_model(encoding=Encoding(bits=24))), "fp16")
+    rounded = rounded_(build_deploy_model(random_model(encoding=Encoding(bits=24))), "fp16")
     assert rounded.decoder.bit_weights.tolist() == [0.5**bit for bit in range(1, 25)]
 
 
 def test_epsilon_is_rounded_as_core_ml_stores_it(random_model):
-    deploy = round_weights_(build_deploy_model(random_model()), "fp16")
+    deploy = rounded_(build_deploy_model(random_model()), "fp16")
     found = {m.eps for m in deploy.modules() if isinstance(m, nn.LayerNorm)}
     assert found == {float(np.float16(1e-6)), float(np.float16(1e-5))}
     assert found != {1e-6, 1e-5}
@@ -302,7 +310,7 @@ def test_single_precision_changes_nothing(random_model):
     model = random_model()
     deploy = build_deploy_model(model)
     before = {name: value.clone() for name, value in deploy.state_dict().items()}
-    assert round_weights_(deploy, "fp32") is deploy
+    assert rounded_(deploy, "fp32") is deploy
     assert all(torch.equal(before[n], v) for n, v in deploy.state_dict().items())
     assert {m.eps for m in deploy.modules() if isinstance(m, nn.LayerNorm)} == {1e-6, 1e-5}
 
@@ -312,7 +320,7 @@ def test_single_precision_changes_nothing(random_model):
 def test_the_largest_weights_that_fit(random_model, value):
     deploy = build_deploy_model(random_model())
     deploy.get_parameter("backbone.blocks.1.mlp.fc1.weight")[2, 3] = value
-    round_weights_(deploy, "fp16")
+    rounded_(deploy, "fp16")
     found = float(deploy.get_parameter("backbone.blocks.1.mlp.fc1.weight")[2, 3])
     assert found == float(np.sign(value)) * 65504
 
@@ -322,14 +330,14 @@ def test_a_weight_that_overflows_is_refused_by_name(random_model, value):
     deploy = build_deploy_model(random_model())
     deploy.get_parameter("backbone.blocks.1.mlp.fc1.weight")[2, 3] = value
     with pytest.raises(BuildError, match=r"blocks\.1\.mlp\.fc1\.weight holds") as caught:
-        round_weights_(deploy, "fp16")
+        rounded_(deploy, "fp16")
     text = str(caught.value)
     assert f"{abs(value):.3g}" in text
     assert "65504" in text
     assert text.endswith("Build with --precision fp32.")
     assert "\n" not in text
     # In full precision it may be built.
-    assert round_weights_(deploy, "fp32") is deploy
+    assert rounded_(deploy, "fp32") is deploy
 
 
 def test_a_product_of_folding_that_overflows_is_refused(random_model):
@@ -338,4 +346,4 @@ def test_a_product_of_folding_that_overflows_is_refused(random_model):
     model.backbone.blocks[2].norm1.weight.fill_(1000.0)
     model.backbone.blocks[2].attn.qkv.weight[0, 0] = 1000.0
     with pytest.raises(BuildError, match=r"blocks\.2\.attn\.q\.weight holds 2\.5e\+05"):
-        round_weights_(build_deploy_model(model), "fp16")
+        rounded_(build_deploy_model(model), "fp16")

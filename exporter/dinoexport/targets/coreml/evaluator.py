@@ -304,8 +304,8 @@ class PackageEvaluator:
 def norm_epsilons(operations: Sequence[OperationInfo]) -> list[float]:
     """Return the epsilon of each LayerNorm and GroupNorm, in running order.
 
-    A GroupNorm is written out and ends in (x − mean) / sqrt(variance + epsilon), a guarded LayerNorm
-    in (x − mean)/m · rsqrt(variance + epsilon/m²).
+    A GroupNorm is written out and ends in (x − mean) / sqrt(variance + epsilon), a guarded
+    LayerNorm in (x − mean)/m · rsqrt(variance + epsilon/m²).
     """
     sums: dict[str, float] = {}
     factors: dict[str, float] = {}
@@ -313,7 +313,8 @@ def norm_epsilons(operations: Sequence[OperationInfo]) -> list[float]:
         if op.kind in ("mul", "add") and "y" in op.settings:
             (factors if op.kind == "mul" else sums)[op.outputs[0]] = float(op.settings["y"])
         elif op.kind == "add":
-            sums |= {op.outputs[0]: factors[name] for name in op.inputs if name in factors}
+            added = [factors[name] for name in op.inputs if name in factors]
+            sums |= dict.fromkeys(op.outputs[:1] if added else (), *added[:1])
     found = []
     for op in operations:
         if op.kind == "layer_norm":
