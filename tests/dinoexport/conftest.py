@@ -192,7 +192,7 @@ def manifest() -> Manifest:
                 epsilons=(1e-06,),
                 passed=False,
             ),
-            taps={"tokens": TapParity(structure_db=20.5, precision_db=20.1)},
+            taps={"tokens": TapParity(structure_db=20.5, precision_db=20.1, cosine=0.995)},
             blame=Blame(
                 gate="structure",
                 layer="tokens",

@@ -177,6 +177,12 @@ def print_verdict(title: str, verdict: Any, size_bytes: int | None = None) -> No
         f"      structure     {structure.worst_db:g} dB at {structure.worst_tap}, "
         f"{structure.threshold_db:g} wanted{'' if structure.passed else '  FAIL'}"
     )
+    if verdict.similarity:
+        similarity = verdict.similarity
+        typer.echo(
+            f"      similarity    {similarity.worst_cosine:g} at {similarity.worst_tap}, "
+            f"{similarity.threshold:g} wanted{'' if similarity.passed else '  FAIL'}"
+        )
     typer.echo(f"      run by        {verdict.runtime}")
     typer.echo(f"      reference     {verdict.reference.device}")
     if verdict.blame:
