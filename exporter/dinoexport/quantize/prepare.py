@@ -76,6 +76,8 @@ def _quantise_(name: str, module: Weighted, precision: Precision) -> Layer:
     if precision.is_float:
         if precision.name == "fp16":
             module.weight.copy_(_half(f"{name}.weight", module.weight))
+            if module.bias is not None:
+                module.bias.copy_(_half(f"{name}.bias", module.bias))
         return Layer(name, precision)
     if not bool(module.weight.isfinite().all()):
         raise BuildError(f"{name} holds weights that are not finite. Train the model again.")

@@ -21,7 +21,7 @@ class CoremlTarget(Target):
         "fp32": "CPU and GPU; the Neural Engine computes in half precision only",
         "fp16": "everywhere; what the Neural Engine computes in",
         "w8": "everywhere; half the size of fp16, no faster",
-        "w8a8": "iOS 17; faster on the Neural Engine from A17 Pro and M4 on, elsewhere only smaller",
+        "w8a8": "iOS 17; faster from A17 Pro and M4 on (Neural Engine), elsewhere only smaller",
         "w4-block32": "iOS 18; made for the GPU of a Mac, no faster on the Neural Engine",
         "pal8": "iOS 18; half the size of fp16; the Neural Engine unpacks it while it runs",
         "pal6": "iOS 18; smaller yet; the Neural Engine unpacks it while it runs",

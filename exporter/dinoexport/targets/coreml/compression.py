@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
-from coremltools.converters.mil.mil import types
+from coremltools.converters.mil.mil import Builder, types
 from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
 from coremltools.converters.mil.mil.passes.pass_registry import register_pass
 from coremltools.converters.mil.mil.scope import ScopeInfo, ScopeSource
@@ -30,6 +29,10 @@ from dinoexport.quantize.weights import StoredWeight
 from dinoexport.recipes import PALETTE_GROUP, Activations, WeightKind
 
 PASS = "dinoexport::compress_weights"
+
+mb: Any = Builder
+"""Its methods, one per operation, exist only at run time."""
+
 
 _WEIGHTED = ("linear", "conv")
 
@@ -66,7 +69,7 @@ class compress_weights(AbstractGraphPass):  # noqa: N801 (coremltools names pass
         BuildError: a layer is not found, or the converter has changed its weights.
     """
 
-    layers: Mapping[str, Layer] = {}  # noqa: RUF012 (coremltools sets it as an option)
+    layers: Mapping[str, Layer] = {}
     ios: int = 17
 
     def apply(self, prog: Any) -> None:
