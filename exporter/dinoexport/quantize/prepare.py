@@ -141,8 +141,12 @@ def _with_ranges(
 def _round_weight_(module: Weighted, layer: Layer) -> None:
     if layer.stored is not None:
         module.weight.copy_(torch.from_numpy(layer.stored.values()))
-    elif layer.precision.name == "fp16":
-        module.weight.copy_(_half(f"{layer.name}.weight", module.weight))
+        return
+    if layer.precision.name != "fp16":
+        return
+    module.weight.copy_(_half(f"{layer.name}.weight", module.weight))
+    if module.bias is not None:
+        module.bias.copy_(_half(f"{layer.name}.bias", module.bias))
 
 
 @torch.no_grad()
