@@ -130,7 +130,8 @@ class ClsPool(Pool):
             parts.append(patches.mean(dim=1))
         if self.parts.quarters:
             parts += mean_of_quarters(patches, self.grid)
-        return (torch.cat(parts, dim=-1),)
+        # Exporters drop a cat of one tensor, and with it the name of the features' tap.
+        return (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0],)
 
     def forward(self, features: Features) -> Tensor:
         """(B, width) → the same."""
