@@ -3,8 +3,14 @@
 import msgspec
 import numpy as np
 
+from dinobench.peers.candidates import Candidate
+
 EXACT_LIMIT = 1e-4
 """Of float32 candidates, in probability: the classifier's own budget at fp32."""
+
+
+class MismatchError(Exception):
+    """A float32 candidate that is another model; nothing may be timed."""
 
 
 class Agreement(msgspec.Struct, frozen=True, kw_only=True):
@@ -14,6 +20,24 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
     """Largest difference of any probability."""
     sqnr_db: float
     """Of the logits less their mean, which the probabilities tell."""
+
+
+def check(candidate: Candidate, found: np.ndarray, expected: np.ndarray) -> Agreement:
+    """Compare a candidate's probabilities with PyTorch's; see ``compare``.
+
+    Raises:
+        MismatchError: the shapes differ, or it is float32 and further off than ``EXACT_LIMIT``.
+    """
+    try:
+        agreement = compare(found, expected)
+    except ValueError as error:
+        raise MismatchError(f"{candidate.name} {error}. Nothing was timed.") from error
+    if candidate.exact and agreement.worst > EXACT_LIMIT:
+        raise MismatchError(
+            f"{candidate.name}: its probabilities are {agreement.worst:.2g} from PyTorch's, "
+            f"{EXACT_LIMIT:g} is allowed: it is another model. Nothing was timed."
+        )
+    return agreement
 
 
 def compare(found: np.ndarray, expected: np.ndarray) -> Agreement:

@@ -19,7 +19,7 @@ import numpy as np
 from dinobench.peers.candidates import Candidate
 from dinobench.peers.runners import OnnxRunner, OpenvinoRunner, prepare
 
-RUNS = 10
+RUNS = 5
 
 
 class OperationTime(msgspec.Struct, frozen=True, kw_only=True):

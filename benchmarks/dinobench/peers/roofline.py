@@ -1,10 +1,11 @@
 """How fast the machine is at the model's matrix products, and at nothing else.
 
-The products of every block, plain float32, as one chain in onnxruntime: what is left out is softmax,
-norms, GELU, sums and every change of layout, so no float32 form of the model can pass it by much.
+The products of every block, plain float32, as one chain in onnxruntime. What is left out is
+softmax, norms, GELU, sums and every change of layout, so no float32 form that computes all tokens
+of all blocks can pass it on these kernels.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -98,7 +99,11 @@ def gemm_model(shape: ViTShape, size: int) -> "ModelProto":
     graph = helper.make_graph(
         chain.nodes,
         "products",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, (1, shape.channels, size, size))],
+        [
+            helper.make_tensor_value_info(
+                "image", TensorProto.FLOAT, (1, shape.channels, size, size)
+            )
+        ],
         [helper.make_tensor_value_info(x, TensorProto.FLOAT, (tokens, width))],
         chain.initializers,
     )
@@ -130,7 +135,7 @@ class _Chain:
         """The same memory in another shape."""
         return self._node("Reshape", value, self._constant(np.array(shape, np.int64)))
 
-    def _node(self, kind: str, *inputs: str, **attributes: int) -> str:
+    def _node(self, kind: str, *inputs: str, **attributes: Any) -> str:
         from onnx import helper
 
         name = f"value_{len(self.nodes)}"
@@ -141,7 +146,5 @@ class _Chain:
         from onnx import numpy_helper
 
         name = f"constant_{len(self.initializers)}"
-        self.initializers.append(
-            numpy_helper.from_array(value.astype(value.dtype, copy=False), name)
-        )
+        self.initializers.append(numpy_helper.from_array(value, name))
         return name

@@ -1,4 +1,4 @@
-"""The one model that all candidates are made of: ViT-S/14 of random weights, CLS → linear → softmax.
+"""The one model that all candidates are: ViT-S/14 of random weights, CLS → linear → softmax.
 
 It is transformers' model first, as a user of the peers has it; its weights are read into a
 checkpoint as any published file of that layout is.
@@ -6,10 +6,7 @@ checkpoint as any published file of that layout is.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 CLASSES = ("left", "right", "up", "down")
 SEED = 20260202
@@ -36,7 +33,7 @@ def make_peer_model(size: int, hot: bool, architecture: Mapping[str, Any] | None
     class Classifier(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            values = {
+            values: dict[str, Any] = {
                 "hidden_size": 384,
                 "num_hidden_layers": 12,
                 "num_attention_heads": 6,
@@ -60,14 +57,14 @@ def make_peer_model(size: int, hot: bool, architecture: Mapping[str, Any] | None
 
 
 def _randomise_(model: Any, hot: bool) -> None:
-    """Fill every parameter at random, in place; the same numbers whatever the library's defaults."""
+    """Fill every parameter at random, in place, whatever the library's own start is."""
     import torch
 
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            # Norms and LayerScale around 1; matrices of a spread that keeps attention and GELU busy.
+            # Norms and LayerScale around 1; matrices of a spread that keeps attention uneven.
             centre = 1.0 if name.endswith(("norm1.weight", "norm2.weight", "lambda1")) else 0.0
             centre = 1.0 if name.endswith("layernorm.weight") else centre
             spread = 0.05 if parameter.ndim > 1 else 0.1

@@ -1,15 +1,13 @@
 """One process per candidate, asked in turn: a model alone in its process, as in an app.
 
-While one answers, the others wait at a pipe and cost nothing. A runtime that dies takes only its own
-candidate along.
+While one answers, the others wait at a pipe and cost nothing. A runtime that dies takes only its
+own candidate along.
 """
 
 import multiprocessing
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import msgspec
 import numpy as np
@@ -45,23 +43,11 @@ class Worker:
         self.candidate = candidate
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        # Not daemonic by name only: it must not outlive the run that asked for it.
         self._process = context.Process(
             target=_serve, args=(theirs, candidate, folder, images), daemon=True
         )
         self._process.start()
         theirs.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def answers(self) -> np.ndarray:
         """Return the first output for every image, (N, …), float64."""
