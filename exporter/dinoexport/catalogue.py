@@ -25,7 +25,7 @@ def catalogue() -> dict[str, dict[str, str]]:
         "tasks": {name: get_task(name).summary for name in TASKS},
         "backbones": {"embedded": "small, trained on synthetic images; ships here"} | backbones,
         "targets": {
-            name: f"{get_target(name).suffix}, {', '.join(get_target(name).precisions)}"
+            name: f"{get_target(name).suffix}, {', '.join(get_target(name).supports)}"
             for name in TARGETS
         },
         "embedded checkpoints": dict(EMBEDDED),

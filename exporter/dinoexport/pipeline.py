@@ -24,7 +24,8 @@ from dinoexport.bundle import (
 from dinoexport.console import Reporter, quiet
 from dinoexport.embedded import embedded_checkpoint
 from dinoexport.errors import BuildError, ParityError
-from dinoexport.graph.capture import CapturedProgram, capture
+from dinoexport.graph.capture import CapturedProgram, capture_deploy
+from dinoexport.graph.deploy_model import DeployModel
 from dinoexport.manifest import (
     CheckpointRecord,
     Manifest,
@@ -32,6 +33,8 @@ from dinoexport.manifest import (
     describe_inputs,
     describe_preprocessing,
 )
+from dinoexport.quantize.prepare import prepare_
+from dinoexport.recipes import Recipe, parse_recipe
 from dinoexport.report import render_report
 from dinoexport.targets.base import LowerOptions, Target
 from dinoexport.targets.table import expand_targets, get_target
@@ -41,10 +44,12 @@ from dinoexport.verify.reference import (
     encode_reference,
     load_reference,
     make_reference,
+    with_deployed,
+    with_deployed_of,
 )
 from dinotrain.checkpoint import CheckpointConfig, load_checkpoint, read_config
 from dinotrain.digests import digest
-from dinotrain.errors import CheckpointError, DinoError, UsageError, unknown_name
+from dinotrain.errors import CheckpointError, DinoError, UsageError
 from dinotrain.model import TaskModel
 from dinotrain.tasks import get_task
 
@@ -82,6 +87,7 @@ class BuildPlan:
     request: BuildRequest
     checkpoint: Path
     config: CheckpointConfig
+    recipe: Recipe
     name: str
     targets: tuple[str, ...]
 
@@ -122,9 +128,9 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     """
     get_task(request.task)
     targets = expand_targets(request.target)
+    recipe = parse_recipe(request.precision)
     for name in targets:
-        if request.precision not in get_target(name).precisions:
-            raise unknown_name("precision", request.precision, get_target(name).precisions)
+        get_target(name).check(recipe)
     path = request.checkpoint or embedded_checkpoint(request.task)
     config = read_config(path)
     if config.task != request.task:
@@ -134,8 +140,8 @@ def plan_build(request: BuildRequest) -> BuildPlan:
         )
     config = _resize(config, request.image_size, path)
     size = "x".join(map(str, dict.fromkeys(config.image_size)))
-    name = f"{config.task}-{_short(config.backbone.name)}-{size}-{request.precision}"
-    return BuildPlan(request, path, config, name, tuple(targets))
+    name = f"{config.task}-{_short(config.backbone.name)}-{size}-{recipe.name}"
+    return BuildPlan(request, path, config, recipe, name, tuple(targets))
 
 
 def _short(backbone: str) -> str:
@@ -191,8 +197,15 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
         _check_space(model, request.out)
         with reporter.step("reference (PyTorch float32)"):
             reference = make_reference(model, sha256)
-        with reporter.step(f"capture at {request.precision}"), quiet(log):
-            program = capture(model, request.precision)
+            deploy = DeployModel(model)
+        # What follows needs the deploy model alone, and large models fill the memory.
+        del model
+        with reporter.step(f"quantise to {plan.recipe.name}"):
+            layers = prepare_(deploy, plan.recipe)
+            reference = with_deployed(reference, plan.recipe.name, deploy)
+        with reporter.step("capture"), quiet(log):
+            program = capture_deploy(deploy, plan.recipe, layers)
+        del deploy
         return BuildResult(
             tuple(
                 _build_one(plan, get_target(name), program, reference, reporter, log)
@@ -209,7 +222,7 @@ def _build_one(
     reporter: Reporter,
     log: Path,
 ) -> BuiltBundle:
-    options = LowerOptions(plan.request.precision, plan.request.minimum_ios)
+    options = LowerOptions(plan.request.minimum_ios)
     task = get_task(plan.config.task)
     bundle_name = plan.bundle_name(target.name)
     with staged(plan.request.out, bundle_name) as folder:
@@ -220,16 +233,16 @@ def _build_one(
         gc.collect()
         with reporter.step(f"verify {target.name}") as step, quiet(log):
             verdict = verify_artifact(
-                target, artifact, taps, options.precision, reference, task, step.update
+                target, artifact, taps, plan.recipe, reference, task, step.update
             )
         (folder / REFERENCE).write_bytes(encode_reference(reference))
         manifest = Manifest(
             name=plan.name,
             task=task.name,
             target=target.name,
-            precision=options.precision,
+            precision=plan.recipe.name,
             artifact=artifact.name,
-            minimum_os=target.minimum_os(options),
+            minimum_os=target.minimum_os(plan.recipe, options),
             inputs=tuple(describe_inputs(task, plan.config.image_size, target.image_input)),
             outputs=task.outputs(plan.config),
             preprocessing=describe_preprocessing(plan.config),
@@ -252,7 +265,7 @@ def _build_one(
         write_manifest(folder, manifest)
     return BuiltBundle(
         target.name,
-        options.precision,
+        plan.recipe.name,
         plan.request.out / bundle_name,
         artifact_size(manifest),
         verdict,
@@ -286,7 +299,7 @@ def embedded_metadata(plan: BuildPlan, sha256: str) -> dict[str, str]:
         "name": plan.name,
         "task": task.name,
         "summary": task.summary,
-        "precision": plan.request.precision,
+        "precision": plan.recipe.name,
         "licence": plan.config.licence,
         "notice": plan.config.notice,
         "trained_on": plan.config.trained_on,
@@ -337,6 +350,10 @@ def verify_bundle(path: Path, reference_file: Path | None, reporter: Reporter) -
     manifest = bundle.manifest
     reference = load_reference(reference_file or bundle.reference)
     _check_reference(reference, bundle, reference_file)
+    recipe = parse_recipe(manifest.precision)
+    if reference_file:
+        own = load_reference(bundle.reference)
+        reference = with_deployed_of(reference, recipe.name, own)
     target = get_target(manifest.target)
     log = Path(os.devnull)
     with reporter.step(f"verify {manifest.artifact}") as step, quiet(log):
@@ -344,7 +361,7 @@ def verify_bundle(path: Path, reference_file: Path | None, reporter: Reporter) -
             target,
             bundle.artifact,
             manifest.taps,
-            manifest.precision,
+            recipe,
             reference,
             get_task(manifest.task),
             step.update,
@@ -374,6 +391,10 @@ def write_reference(plan: BuildPlan, out: Path, reporter: Reporter) -> Reference
         model = load_model(plan)
     with reporter.step("reference (PyTorch float32)"):
         reference = make_reference(model, digest(plan.checkpoint))
+        # Weights of this recipe are rounded alike everywhere; others come from the bundle.
+        deploy = DeployModel(model)
+        prepare_(deploy, parse_recipe("fp16"))
+        reference = with_deployed(reference, "fp16", deploy)
     partial = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ def build(
         "artifacts"
     ),
     checkpoint: Checkpoint = None,
-    precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp16",
+    precision: Annotated[str, typer.Option(help="A recipe; see `dinoexport list`.")] = "fp16",
     image_size: ImageSize = None,
     minimum_ios: Annotated[
         int, typer.Option(min=16, max=18, help="Core ML only: 16, 17 or 18.")
@@ -126,7 +126,7 @@ def _print_plan(plan: Any, json: bool) -> None:
         "checkpoint": str(plan.checkpoint),
         "backbone": plan.config.backbone.name,
         "image_size": list(plan.config.image_size),
-        "precision": plan.request.precision,
+        "precision": plan.recipe.name,
         "bundles": [str(plan.request.out / plan.bundle_name(t)) for t in plan.targets],
         "notice": plan.config.notice,
     }

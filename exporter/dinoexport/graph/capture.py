@@ -4,6 +4,8 @@ It is captured twice, with and without its taps as outputs, and the two graphs a
 the same nodes; so a tap's node is known by name in the graph that ships.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +13,17 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from dinoexport.errors import BuildError
-from dinoexport.graph.deploy_model import DeployModel, round_weights_
+from dinoexport.graph.deploy_model import DeployModel
+from dinoexport.quantize.layers import Layer, layer_name
+from dinoexport.quantize.prepare import prepare_
+from dinoexport.recipes import Recipe, parse_recipe
 from dinotrain.model import TaskModel
+
+_WEIGHTED = (
+    torch.ops.aten.linear.default,
+    torch.ops.aten.conv2d.default,
+    torch.ops.aten.convolution.default,
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +32,7 @@ class CapturedProgram:
 
     ``debug_program`` is the same graph with the taps as further outputs; ``tap_nodes`` names the
     node of each tap, in the order of the graph; ``decode_nodes`` are those that come after the
-    logits and stay in float32.
+    logits and stay in float32. ``layers`` are those of ``recipe``, by name, with their nodes.
     """
 
     program: ExportedProgram
@@ -31,6 +42,8 @@ class CapturedProgram:
     output_names: tuple[str, ...]
     tap_nodes: dict[str, str]
     decode_nodes: frozenset[str]
+    recipe: Recipe
+    layers: dict[str, Layer]
 
     def sample_inputs(self) -> dict[str, torch.Tensor]:
         """Black uint8 images, {input: (1, H, W, 3)}: the shapes that adaptors are traced with."""
@@ -38,23 +51,36 @@ class CapturedProgram:
         return {name: torch.zeros(shape, dtype=torch.uint8) for name in self.input_names}
 
 
-def capture(model: TaskModel, precision: str = "fp32") -> CapturedProgram:
-    """Capture the deploy graph of a trained model, its weights rounded to a precision.
+def capture(model: TaskModel, recipe: str = "fp32") -> CapturedProgram:
+    """Capture the deploy graph of a trained model with the numbers of a recipe, by its name.
 
-    Rounding happens here and not in the targets, so that every target of a precision ships the
-    same numbers, whichever of them it stores in how many bits.
+    Raises:
+        UsageError: no such recipe, or it names a layer that is not there.
+        BuildError: the recipe wants calibration, or the graph with taps differs from the one
+            without.
+    """
+    parsed = parse_recipe(recipe)
+    deploy = DeployModel(model)
+    return capture_deploy(deploy, parsed, prepare_(deploy, parsed))
+
+
+def capture_deploy(
+    deploy: DeployModel, recipe: Recipe, layers: Mapping[str, Layer]
+) -> CapturedProgram:
+    """Capture a prepared deploy model.
+
+    Args:
+        deploy: see ``prepare_``, which gave ``layers``.
+        recipe: that it was prepared for.
+        layers: by name; here their nodes are added.
 
     Raises:
         BuildError: the graph with taps differs from the graph without.
     """
-    plain = round_weights_(DeployModel(model), precision)
-    debug = round_weights_(DeployModel(model, debug=True), precision)
-    return capture_deploy(plain, debug)
-
-
-def capture_deploy(plain: DeployModel, debug: DeployModel) -> CapturedProgram:
-    """Capture two deploy models of the same weights; see ``capture``."""
-    program, debug_program = _export(plain), _export(debug)
+    program = _export(deploy)
+    deploy.debug = True
+    debug_program = _export(deploy)
+    deploy.debug = False
     nodes = [node.name for node in program.graph.nodes]
     if nodes != [node.name for node in debug_program.graph.nodes]:
         raise BuildError(
@@ -62,16 +88,35 @@ def capture_deploy(plain: DeployModel, debug: DeployModel) -> CapturedProgram:
             "located. Please report the checkpoint's configuration."
         )
     outputs = [spec.arg.name for spec in debug_program.graph_signature.output_specs]
-    taps = dict(zip(debug.tap_names, outputs[len(plain.output_names) :], strict=True))
+    taps = dict(zip(deploy.tap_names, outputs[len(deploy.output_names) :], strict=True))
     return CapturedProgram(
         program=program,
         debug_program=debug_program,
-        image_size=plain.image_size,
-        input_names=tuple(plain.input_names),
-        output_names=tuple(plain.output_names),
+        image_size=deploy.image_size,
+        input_names=tuple(deploy.input_names),
+        output_names=tuple(deploy.output_names),
         tap_nodes=taps,
-        decode_nodes=frozenset(_downstream(program, plain.decoder)),
+        decode_nodes=frozenset(_downstream(program, deploy.decoder)),
+        recipe=recipe,
+        layers=_place(program, layers),
     )
+
+
+def _place(program: ExportedProgram, layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Return the layers that the graph holds, with the node and the weight of each.
+
+    A layer that runs more than once, on several pictures, has the node of its first run.
+    """
+    parameters = program.graph_signature.inputs_to_parameters
+    placed = {}
+    for node in program.graph.nodes:
+        if node.target not in _WEIGHTED:
+            continue
+        weight = parameters.get(node.args[1].name, "")
+        layer = layers.get(layer_name(weight.removesuffix(".weight")))
+        if layer is not None and layer.name not in placed:
+            placed[layer.name] = dataclasses.replace(layer, node=node.name, weight=weight)
+    return placed
 
 
 def _export(model: nn.Module) -> ExportedProgram:

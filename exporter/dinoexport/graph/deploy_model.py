@@ -9,7 +9,6 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from dinoexport.errors import BuildError
 from dinoexport.graph.deploy_backbones import deploy_backbone
 from dinoexport.graph.deploy_heads import fold_head_
 from dinotrain.model import TaskModel
@@ -72,27 +71,3 @@ def _row(pooled: Tensor | list[Tensor], index: int) -> Tensor | list[Tensor]:
     if isinstance(pooled, list):
         return [x[index : index + 1] for x in pooled]
     return pooled[index : index + 1]
-
-
-@torch.no_grad()
-def round_weights_(model: DeployModel, precision: str) -> DeployModel:
-    """Round all weights to what a precision can hold, in place; the decoder keeps float32.
-
-    Raises:
-        BuildError: a weight does not fit into half precision.
-    """
-    if precision == "fp32":
-        return model
-    for name, weight in model.named_parameters():
-        rounded = weight.half().float()
-        if not bool(rounded.isfinite().all()):
-            raise BuildError(
-                f"{name} holds {float(weight.abs().max()):.3g}, half precision ends at 65504. "
-                "Build with --precision fp32."
-            )
-        weight.copy_(rounded)
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm | nn.GroupNorm):
-            # Core ML stores epsilon in half precision too: 1e-6 becomes 1.0133e-6.
-            module.eps = float(torch.tensor(module.eps).half())
-    return model

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dinoexport.graph.capture import CapturedProgram
+from dinoexport.recipes import Recipe, nearest
+from dinotrain.errors import UsageError
 
 
 def plain(value: ArrayLike) -> np.ndarray:
@@ -40,9 +42,8 @@ class Runtime(ABC):
 
 @dataclass(frozen=True)
 class LowerOptions:
-    """What can be chosen per build; a target ignores what does not concern it."""
+    """What can be chosen besides the recipe; a target ignores what does not concern it."""
 
-    precision: str
     minimum_ios: int = 17
 
 
@@ -51,7 +52,8 @@ class Target(ABC):
 
     name: str
     suffix: str
-    precisions: tuple[str, ...] = ("fp32", "fp16")
+    supports: Mapping[str, str]
+    """Precisions that can be built, {name: where it runs and where it pays}."""
     image_input: bool = False
     """True where the natural input is an image type rather than an NHWC tensor."""
 
@@ -63,7 +65,8 @@ class Target(ABC):
         options: LowerOptions,
         metadata: Mapping[str, str],
     ) -> dict[str, str]:
-        """Write the artifact, with its metadata inside, and return where its taps are.
+        """Write the artifact of ``program.recipe``, with its metadata inside, and return where its
+        taps are.
 
         Returns:
             {tap: name of the value inside the artifact}.
@@ -107,6 +110,20 @@ class Target(ABC):
         Where a layer's variance is large, taps cannot tell a wrong epsilon either.
         """
 
-    def minimum_os(self, options: LowerOptions) -> str:
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a recipe that this target cannot build.
+
+        Raises:
+            UsageError: with the nearest one that it can.
+        """
+        for precision in recipe.precisions:
+            if precision.name not in self.supports:
+                raise UsageError(
+                    f"--precision {recipe.name}: {self.name} has no {precision.name}; the nearest "
+                    f"it has is {nearest(precision, self.supports)}. "
+                    f"It has {', '.join(self.supports)}; see `dinoexport list`."
+                )
+
+    def minimum_os(self, recipe: Recipe, options: LowerOptions) -> str:
         """Return the oldest system that runs the artifact, as the manifest says it."""
         return ""

@@ -19,6 +19,7 @@ from dinoexport.manifest import (
     TapParity,
     Verdict,
 )
+from dinoexport.recipes import Recipe, parse_recipe
 from dinoexport.targets.base import Runtime, Target
 from dinoexport.verify.blame import blame_outputs, blame_structure
 from dinoexport.verify.metrics import max_error, sqnr_db
@@ -39,7 +40,7 @@ def verify_artifact(
     target: Target,
     path: Path,
     taps: Mapping[str, str],
-    precision: str,
+    recipe: Recipe,
     reference: Reference,
     task: Task,
     progress: Progress | None = None,
@@ -50,7 +51,7 @@ def verify_artifact(
         target: the artifact's format.
         path: the artifact.
         taps: {tap: value inside the artifact}.
-        precision: chooses the budget and the rounded reference.
+        recipe: chooses the budget and the rounded reference.
         reference: inputs and expected values.
         task: gives units and budgets.
         progress: called with (runs done, runs in all).
@@ -67,11 +68,11 @@ def verify_artifact(
     precise = run_samples(target.runtime(path, taps), reference, tick)
     exact_runtime = target.runtime(path, taps, exact=True)
     exact = run_samples(exact_runtime, reference, tick)
-    wanted = reference.structural(precision)
+    wanted = reference.structural(recipe)
     _check_names(exact.taps, wanted.taps, "tap", path)
 
-    outputs = judge_outputs(as_shipped, reference.exact, task, precision)
-    structural = judge_outputs(exact, wanted, task, "fp32")
+    outputs = judge_outputs(as_shipped, reference.exact, task, recipe)
+    structural = judge_outputs(exact, wanted, task, parse_recipe("fp32"))
     tap_parity = {
         name: TapParity(
             structure_db=round(sqnr_db(wanted.taps[name], exact.taps[name]), 1),
@@ -82,7 +83,7 @@ def verify_artifact(
     worst = min(tap_parity, key=lambda name: tap_parity[name].structure_db)
     forms = tuple(sorted(target.gelu_forms(path)))
     epsilons = target.norm_epsilons(path)
-    wrong_norms = compare_norms(epsilons, reference.norms(precision))
+    wrong_norms = compare_norms(epsilons, reference.norms(recipe))
     structure = Structure(
         runtime=exact_runtime.name,
         threshold_db=STRUCTURE_DB,
@@ -197,11 +198,19 @@ def _sketch(reference: Reference, taps: Mapping[str, np.ndarray]) -> dict[str, n
         ) from error
 
 
+def budget_of(task: Task, recipe: Recipe) -> float:
+    """Return the largest error that a recipe may have, in ``task.error_unit``.
+
+    A mixture has the budget of its coarsest part.
+    """
+    return max(task.budgets[precision.name] for precision in recipe.precisions)
+
+
 def judge_outputs(
-    actual: Values, wanted: Values, task: Task, precision: str
+    actual: Values, wanted: Values, task: Task, recipe: Recipe
 ) -> dict[str, OutputParity]:
-    """Compare each output with the task's budget for a precision."""
-    budget = task.budgets[precision]
+    """Compare each output with the task's budget for a recipe."""
+    budget = budget_of(task, recipe)
     result = {}
     for name, expected in wanted.outputs.items():
         error = max_error(expected, actual.outputs[name], task.error)

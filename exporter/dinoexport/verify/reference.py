@@ -4,6 +4,7 @@ It is a file: inputs, outputs and a sketch of every tap (some of its elements, a
 that a reference made on one machine checks builds on another, and a bundle carries its own.
 """
 
+import dataclasses
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from safetensors.numpy import save
 from torch import Tensor, nn
 
 from dinoexport.errors import ParityError
-from dinoexport.graph.deploy_model import HEAD_TAP, DeployModel, round_weights_
+from dinoexport.graph.deploy_model import HEAD_TAP, DeployModel
+from dinoexport.recipes import Recipe
 from dinoexport.verify.metrics import max_error, sqnr_db
 from dinoexport.verify.samples import parity_samples
 from dinotrain.model import TaskModel
@@ -28,9 +30,6 @@ SKETCH_SIZE = 1024
 PREFIX_SKETCH_SIZE = 256
 DEPLOY_BUDGET = 1e-4
 """Largest error of the deploy graph against the training model, in the unit of the outputs."""
-DEPLOYED_PRECISIONS = ("fp32", "fp16")
-"""Precisions whose rounded weights the deploy graph is run with. At fp32 too: what is folded there
-(BatchNorm above all) costs digits that the structure of an artifact must not answer for."""
 
 
 class Norm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,7 +56,7 @@ class ReferenceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     device: str
     versions: dict[str, str]
     norms: tuple[Norm, ...]
-    deployed: tuple[str, ...] = DEPLOYED_PRECISIONS
+    deployed: tuple[str, ...] = ("fp32",)
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,12 @@ class Values:
 
 @dataclass(frozen=True)
 class Reference:
-    """Inputs (samples, H, W, 3) uint8, what the model gives, and with which weights."""
+    """Inputs (samples, H, W, 3) uint8, what the model gives, and with which weights.
+
+    ``deployed`` is what the deploy graph gives with the numbers of each recipe, by its name. At
+    fp32 too: what is folded there (BatchNorm above all) costs digits that the structure of an
+    artifact must not answer for.
+    """
 
     info: ReferenceInfo
     inputs: dict[str, np.ndarray]
@@ -87,18 +91,27 @@ class Reference:
         """Inputs of one sample, {input: (H, W, 3) uint8}."""
         return {name: images[index] for name, images in self.inputs.items()}
 
-    def norms(self, precision: str) -> list[Norm]:
-        """Every such norm in running order, its epsilon rounded to a precision."""
-        if precision == "fp32":
+    def norms(self, recipe: Recipe) -> list[Norm]:
+        """Every such norm in running order, its epsilon rounded as a recipe has it."""
+        if recipe.base.name == "fp32":
             return list(self.info.norms)
         return [
             msgspec.structs.replace(n, epsilon=float(np.float16(n.epsilon)))
             for n in self.info.norms
         ]
 
-    def structural(self, precision: str) -> Values:
-        """Values of the deploy graph whose weights are rounded to a precision."""
-        return self.deployed[precision]
+    def structural(self, recipe: Recipe) -> Values:
+        """Values of the deploy graph with the numbers of a recipe.
+
+        Raises:
+            ParityError: the reference has none for it.
+        """
+        if recipe.name not in self.deployed:
+            raise ParityError(
+                f"the reference knows {', '.join(self.deployed)}, and {recipe.name} was built. "
+                "Use the bundle's own reference."
+            )
+        return self.deployed[recipe.name]
 
     def sketch(self, taps: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Take the recorded elements of each tap, flat."""
@@ -116,10 +129,10 @@ def pick_device() -> torch.device:
 def make_reference(
     model: TaskModel, checkpoint_sha256: str, device: torch.device | None = None
 ) -> Reference:
-    """Run the trained model on the parity samples.
+    """Run the trained model on the parity samples, and its deploy graph, unrounded.
 
-    The weights-rounded references come from the deploy graph in eager mode, which is first shown
-    to equal the training model.
+    The deploy graph is shown to equal the training model; ``with_deployed`` adds what it gives
+    with the numbers of a recipe.
 
     Args:
         model: trained, eval mode, float32.
@@ -140,10 +153,7 @@ def make_reference(
         exact = _run_all(lambda pixels: _run_training(model, pixels), inputs, positions, device)
         _check_finite(exact)
         norms = _norms(deploy, device)
-        deployed = {}
-        for precision in DEPLOYED_PRECISIONS:
-            copy = round_weights_(DeployModel(model).to(device), precision)
-            deployed[precision] = _run_all(copy.run, inputs, positions, device)
+        deployed = {"fp32": _run_all(deploy.run, inputs, positions, device)}
         _check_deploy(exact, deployed["fp32"], model.task)
     model.to("cpu")
     info = ReferenceInfo(
@@ -159,6 +169,47 @@ def make_reference(
         },
     )
     return Reference(info, inputs, exact, deployed, positions)
+
+
+def with_deployed(
+    reference: Reference, recipe: str, deploy: DeployModel, device: torch.device | None = None
+) -> Reference:
+    """Add what a prepared deploy model gives on the reference's inputs.
+
+    Args:
+        reference: of the same checkpoint.
+        recipe: name of what the model was prepared for.
+        deploy: see ``prepare_``.
+        device: default ``pick_device()``.
+    """
+    device = device or pick_device()
+    with _exact_arithmetic():
+        values = _run_all(deploy.to(device).run, reference.inputs, reference.positions, device)
+    deploy.to("cpu")
+    deployed = reference.deployed | {recipe: values}
+    info = msgspec.structs.replace(reference.info, deployed=tuple(deployed))
+    return dataclasses.replace(reference, info=info, deployed=deployed)
+
+
+def with_deployed_of(reference: Reference, recipe: str, own: Reference) -> Reference:
+    """Add what a bundle's own reference holds for a recipe to one from elsewhere.
+
+    Raises:
+        ParityError: they do not have the same pictures, or look at other elements of the taps.
+    """
+    if recipe in reference.deployed:
+        return reference
+    if not (_same(reference.inputs, own.inputs) and _same(reference.positions, own.positions)):
+        raise ParityError(
+            f"the reference has nothing for {recipe}, and other pictures than the bundle's own. "
+            "Make it with the same dinoexport as the bundle."
+        )
+    deployed = reference.deployed | {recipe: own.deployed[recipe]}
+    return dataclasses.replace(reference, deployed=deployed)
+
+
+def _same(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray]) -> bool:
+    return left.keys() == right.keys() and all(np.array_equal(left[n], right[n]) for n in left)
 
 
 class _exact_arithmetic:  # noqa: N801 (a context manager)

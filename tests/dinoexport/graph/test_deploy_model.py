@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from dinoexport.errors import BuildError
 from dinoexport.graph.deploy_backbones import fold_normalisation_, fold_scales_
-from dinoexport.graph.deploy_model import (
-    DeployModel,
-    round_weights_,
-)
+from dinoexport.graph.deploy_model import DeployModel
+from dinoexport.quantize.prepare import prepare_
+from dinoexport.recipes import parse_recipe
 from dinotrain.backbones.vit import Block, ViTConfig, swiglu_hidden_dim
 from dinotrain.encoding import Encoding
 from dinotrain.heads.branch import HeadConfig
@@ -31,6 +30,12 @@ STD_NAMES = ["mrd1_std_mm", "mrd2_std_mm", "lf_std_mm"]
 
 
 # --- folding, against the formula in float64 -----------------------------------------------------
+
+
+def rounded_(deploy: DeployModel, recipe: str) -> DeployModel:
+    """Prepare a deploy model for a recipe, by its name."""
+    prepare_(deploy, parse_recipe(recipe))
+    return deploy
 
 
 def colour(values: tuple[float, ...]) -> Tensor:
@@ -305,7 +310,7 @@ def test_dropout_is_off_even_while_training_goes_on(random_model, random_pixels)
 def test_the_trained_model_is_not_changed(random_model, random_pixels):
     model = random_model(backbone=SWIGLU)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    deploy = round_weights_(DeployModel(model), "fp16")
+    deploy = rounded_(DeployModel(model), "fp16")
     deploy(*random_pixels(0, (56, 56)))
     for parameter in deploy.parameters():
         parameter.fill_(3.0)
@@ -420,7 +425,7 @@ def test_output_names_follow_the_tasks_order(random_model):
 def test_weights_are_rounded_to_half_and_the_decoder_is_not(random_model):
     model = random_model(backbone=REGISTERS, encoding=Encoding(kind="scalar"))
     model.decoder.mean.fill_(np.pi)
-    exact, rounded = DeployModel(model), round_weights_(DeployModel(model), "fp16")
+    exact, rounded = DeployModel(model), rounded_(DeployModel(model), "fp16")
     names = [name for name, _ in rounded.named_parameters()]
     assert names
     for name in names:
@@ -438,12 +443,12 @@ def test_weights_are_rounded_to_half_and_the_decoder_is_not(random_model):
 
 def test_bit_weights_of_24_bits_stay_exact(random_model):
     """Half precision has no 2^-25."""
-    rounded = round_weights_(DeployModel(random_model(encoding=Encoding(bits=24))), "fp16")
+    rounded = rounded_(DeployModel(random_model(encoding=Encoding(bits=24))), "fp16")
     assert rounded.decoder.bit_weights.tolist() == [0.5**bit for bit in range(1, 25)]
 
 
 def test_epsilon_is_rounded_as_core_ml_stores_it(random_model):
-    deploy = round_weights_(DeployModel(random_model()), "fp16")
+    deploy = rounded_(DeployModel(random_model()), "fp16")
     found = {m.eps for m in deploy.modules() if isinstance(m, nn.LayerNorm)}
     assert found == {float(np.float16(1e-6)), float(np.float16(1e-5))}
     assert found != {1e-6, 1e-5}
@@ -453,7 +458,7 @@ def test_single_precision_changes_nothing(random_model):
     model = random_model()
     deploy = DeployModel(model)
     before = {name: value.clone() for name, value in deploy.state_dict().items()}
-    assert round_weights_(deploy, "fp32") is deploy
+    assert rounded_(deploy, "fp32") is deploy
     assert all(torch.equal(before[n], v) for n, v in deploy.state_dict().items())
     assert {m.eps for m in deploy.modules() if isinstance(m, nn.LayerNorm)} == {1e-6, 1e-5}
 
@@ -463,7 +468,7 @@ def test_single_precision_changes_nothing(random_model):
 def test_the_largest_weights_that_fit(random_model, value):
     deploy = DeployModel(random_model())
     deploy.get_parameter("backbone.blocks.1.mlp.fc1.weight")[2, 3] = value
-    round_weights_(deploy, "fp16")
+    rounded_(deploy, "fp16")
     found = float(deploy.get_parameter("backbone.blocks.1.mlp.fc1.weight")[2, 3])
     assert found == float(np.sign(value)) * 65504
 
@@ -473,14 +478,14 @@ def test_a_weight_that_overflows_is_refused_by_name(random_model, value):
     deploy = DeployModel(random_model())
     deploy.get_parameter("backbone.blocks.1.mlp.fc1.weight")[2, 3] = value
     with pytest.raises(BuildError, match=r"blocks\.1\.mlp\.fc1\.weight holds") as caught:
-        round_weights_(deploy, "fp16")
+        rounded_(deploy, "fp16")
     text = str(caught.value)
     assert f"{abs(value):.3g}" in text
     assert "65504" in text
     assert text.endswith("Build with --precision fp32.")
     assert "\n" not in text
     # In full precision it may be built.
-    assert round_weights_(deploy, "fp32") is deploy
+    assert rounded_(deploy, "fp32") is deploy
 
 
 def test_a_product_of_folding_that_overflows_is_refused(random_model):
@@ -489,4 +494,4 @@ def test_a_product_of_folding_that_overflows_is_refused(random_model):
     model.backbone.blocks[2].norm1.weight.fill_(1000.0)
     model.backbone.blocks[2].attn.qkv.weight[0, 0] = 100.0
     with pytest.raises(BuildError, match=r"blocks\.2\.attn\.qkv\.weight holds 1e\+05"):
-        round_weights_(DeployModel(model), "fp16")
+        rounded_(DeployModel(model), "fp16")

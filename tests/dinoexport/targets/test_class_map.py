@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dinoexport.errors import BundleError, ParityError
 from dinoexport.graph.capture import CapturedProgram, _downstream
+from dinoexport.recipes import parse_recipe
 from dinoexport.targets.base import LowerOptions, Runtime
 from dinoexport.targets.coreml import lower as coreml_lower
 from dinoexport.targets.coreml import precision as coreml_precision
@@ -101,10 +102,12 @@ class Twins(nn.Module):
         return self.decoder(logits)["class_map"], logits
 
 
-def capture(model: nn.Module) -> CapturedProgram:
+def capture(model: nn.Module, recipe: str = "fp32") -> CapturedProgram:
     program = torch.export.export(model, (torch.zeros(1, 3, *SIZE),)).run_decompositions({})
     decoded = frozenset(_downstream(program, model.decoder))  # type: ignore[arg-type]
-    return CapturedProgram(program, program, SIZE, ("image",), NAMES, {}, decoded)
+    return CapturedProgram(
+        program, program, SIZE, ("image",), NAMES, {}, decoded, parse_recipe(recipe), {}
+    )
 
 
 def half(model: nn.Module) -> nn.Module:
@@ -132,13 +135,13 @@ class Build:
 def build(make: Callable[[], nn.Module], target: str, precision: str, folder: Path) -> Build:
     stored = half(make()) if precision == "fp16" else make()
     path = folder / f"{target}-{precision}{get_target(target).suffix}"
-    program = capture(stored)
+    program = capture(stored, precision)
     if target == "tflite":
         # Without the second conversion that only locates taps.
         content = lower_tflite(program)
         path.write_bytes(store_half_precision(content) if precision == "fp16" else content)
     else:
-        get_target(target).lower(program, path, LowerOptions(precision=precision), {"name": "t"})
+        get_target(target).lower(program, path, LowerOptions(), {"name": "t"})
     return Build(path, make(), stored, target)
 
 

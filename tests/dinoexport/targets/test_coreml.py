@@ -14,6 +14,7 @@ from coremltools.proto import FeatureTypes_pb2, MIL_pb2
 from dinoexport.bundle import open_bundle
 from dinoexport.errors import BuildError
 from dinoexport.graph.capture import CapturedProgram, capture
+from dinoexport.recipes import parse_recipe
 from dinoexport.targets.base import LowerOptions
 from dinoexport.targets.coreml import CoremlTarget
 from dinoexport.targets.coreml.evaluator import PackageEvaluator
@@ -139,7 +140,7 @@ def test_pixels_reach_the_convolution_as_they_are(package):
 
 def test_width_and_height_are_not_exchanged(wide, tmp_path):
     path = tmp_path / "wide.mlpackage"
-    CoremlTarget().lower(wide, path, LowerOptions("fp16"), METADATA)
+    CoremlTarget().lower(wide, path, LowerOptions(), METADATA)
     for feature in ct.utils.load_spec(str(path)).description.input:
         assert (feature.type.imageType.height, feature.type.imageType.width) == WIDE
 
@@ -149,7 +150,7 @@ def test_width_and_height_are_not_exchanged(wide, tmp_path):
 
 @pytest.mark.parametrize("minimum_ios", VERSIONS)
 def test_the_specification_follows_the_minimum_ios(wide, tmp_path, minimum_ios):
-    options = LowerOptions("fp16", minimum_ios=minimum_ios)
+    options = LowerOptions(minimum_ios=minimum_ios)
     path = tmp_path / "model.mlpackage"
     taps = CoremlTarget().lower(wide, path, options, METADATA)
     spec = ct.utils.load_spec(str(path))
@@ -157,7 +158,10 @@ def test_the_specification_follows_the_minimum_ios(wide, tmp_path, minimum_ios):
     assert spec.specificationVersion == version
     assert spec.mlProgram.functions["main"].opset == opset
     # macOS has been three behind since iOS 14.
-    assert CoremlTarget().minimum_os(options) == f"iOS {minimum_ios}, macOS {minimum_ios - 3}"
+    assert (
+        CoremlTarget().minimum_os(parse_recipe("fp16"), options)
+        == f"iOS {minimum_ios}, macOS {minimum_ios - 3}"
+    )
     # The same numbers, whichever it is.
     rng = np.random.default_rng(3)
     images = {name: rng.integers(0, 256, (*WIDE, 3), dtype=np.uint8) for name in wide.input_names}
@@ -177,14 +181,14 @@ def test_the_specification_follows_the_minimum_ios(wide, tmp_path, minimum_ios):
 
 def test_seventeen_is_the_default(package):
     spec = ct.utils.load_spec(str(package))
-    assert LowerOptions("fp16").minimum_ios == 17
+    assert LowerOptions().minimum_ios == 17
     assert spec.specificationVersion == VERSIONS[17][0]
     assert open_bundle(package.parent).manifest.minimum_os == "iOS 17, macOS 14"
 
 
 @pytest.mark.parametrize("minimum_ios", [0, 13, 15, 19, 26])
 def test_an_unknown_minimum_is_refused_before_anything_is_written(wide, tmp_path, minimum_ios):
-    options = LowerOptions("fp16", minimum_ios=minimum_ios)
+    options = LowerOptions(minimum_ios=minimum_ios)
     with pytest.raises(BuildError) as caught:
         CoremlTarget().lower(wide, tmp_path / "model.mlpackage", options, METADATA)
     text = str(caught.value)
@@ -236,7 +240,7 @@ def test_half_precision_ends_where_decoding_starts(built):
 def test_a_border_elsewhere_is_seen(wide, tmp_path, border):
     path = tmp_path / "model.mlpackage"
     moved = replace(wide, decode_nodes=frozenset(border))
-    CoremlTarget().lower(moved, path, LowerOptions("fp16"), METADATA)
+    CoremlTarget().lower(moved, path, LowerOptions(), METADATA)
     assert misplaced(operations(ct.utils.load_spec(str(path))))
 
 

@@ -41,9 +41,11 @@ from dinoexport.console import Reporter, quiet
 from dinoexport.errors import BundleError, ParityError
 from dinoexport.graph.capture import capture_deploy
 from dinoexport.graph.deploy_backbones import fold_normalisation_
-from dinoexport.graph.deploy_model import DeployModel, round_weights_
+from dinoexport.graph.deploy_model import DeployModel
 from dinoexport.manifest import Verdict
 from dinoexport.pipeline import BuildRequest, plan_build, verify_bundle, write_reference
+from dinoexport.quantize.prepare import prepare_
+from dinoexport.recipes import parse_recipe
 from dinoexport.targets.base import LowerOptions
 from dinoexport.targets.table import get_target
 from dinoexport.verify.parity import STRUCTURE_DB
@@ -232,10 +234,11 @@ def verdict_of(path: Path) -> Verdict:
 
 
 @torch.no_grad()
-def deploy_of(model: TaskModel, precision: str, plant: Plant, debug: bool = False) -> DeployModel:
-    deploy = DeployModel(model, debug)
+def deploy_of(model: TaskModel, precision: str, plant: Plant) -> DeployModel:
+    deploy = DeployModel(model)
     plant(deploy)
-    return round_weights_(deploy, precision)
+    prepare_(deploy, parse_recipe(precision))
+    return deploy
 
 
 def weight_file(bundle: Path) -> Path:
@@ -349,9 +352,9 @@ def captured(model: TaskModel, tmp_path_factory: pytest.TempPathFactory):
     def program(fault: Fault, precision: str):
         key = fault.name, precision
         if key not in done:
-            plain, debug = (deploy_of(model, precision, fault.plant, d) for d in (False, True))
+            deploy = deploy_of(model, precision, fault.plant)
             with quiet(log):
-                done[key] = capture_deploy(plain, debug)
+                done[key] = capture_deploy(deploy, parse_recipe(precision), {})
         return done[key]
 
     return program
@@ -374,7 +377,7 @@ def test_graph_fault_is_caught(bundle, captured, monkeypatch, tmp_path, fault, t
         shutil.rmtree(opened.artifact)
     with quiet(tmp_path / "log"):
         taps = get_target(target).lower(
-            captured(fault, precision), opened.artifact, LowerOptions(precision), {}
+            captured(fault, precision), opened.artifact, LowerOptions(), {}
         )
     write_manifest(path, replace(opened.manifest, taps=taps))
     check_caught(verdict_of(sign(path)), fault)

@@ -9,6 +9,7 @@ import pytest
 
 from dinoexport.errors import ParityError
 from dinoexport.manifest import Verdict
+from dinoexport.recipes import parse_recipe
 from dinoexport.targets.base import RunResult, Runtime, Target
 from dinoexport.verify.metrics import MAX_DB
 from dinoexport.verify.parity import (
@@ -26,6 +27,7 @@ TAPS = ("tokens", "blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.ml
 PLACES = {tap: f"value_{index}" for index, tap in enumerate(TAPS)}
 TASK = get_task("eyelid")
 BUDGET = TASK.budgets
+FP16 = parse_recipe("fp16")
 Change = Callable[[np.ndarray], np.ndarray]
 
 
@@ -90,7 +92,7 @@ class FakeTarget(Target):
 
     def __init__(self, reference: Reference, precision: str, plan: Plan) -> None:
         self.reference = reference
-        self.precision = precision
+        self.recipe = parse_recipe(precision)
         self.plan = plan
         self.opened: list[tuple[bool, bool]] = []
 
@@ -101,7 +103,7 @@ class FakeTarget(Target):
         assert not taps or dict(taps) == PLACES
         self.opened.append((bool(taps), exact))
         if exact:
-            values = self.reference.structural(self.precision)
+            values = self.reference.structural(self.recipe)
             changes = self.plan.exact | self.plan.exact_taps
         else:
             values = self.reference.exact
@@ -116,7 +118,7 @@ class FakeTarget(Target):
     def norm_epsilons(self, path: Path) -> list[float]:
         if self.plan.epsilons is not None:
             return self.plan.epsilons
-        return [n.epsilon for n in self.reference.norms(self.precision)]
+        return [n.epsilon for n in self.reference.norms(self.recipe)]
 
     def lower(self, program, path, options, metadata):
         raise NotImplementedError
@@ -135,7 +137,9 @@ def verdict(reference: Reference) -> Callable[..., Verdict]:
     def verify(precision: str = "fp16", progress=None, **wrong) -> Verdict:
         target = FakeTarget(reference, precision, Plan(**wrong))
         path = Path("somewhere/model.fake")
-        result = verify_artifact(target, path, PLACES, precision, reference, TASK, progress)
+        result = verify_artifact(
+            target, path, PLACES, parse_recipe(precision), reference, TASK, progress
+        )
         # Outputs are those of the file as it ships; taps may make a runtime do otherwise.
         assert target.opened == [(False, False), (True, False), (True, True)]
         return result
@@ -192,7 +196,7 @@ def test_the_references_own_values_pass(verdict, reference: Reference, precision
 def test_structure_is_compared_with_rounded_weights(reference: Reference) -> None:
     """An fp16 file judged by the reference of fp32 would be 50 dB short."""
     target = FakeTarget(reference, "fp32", Plan(epsilons=[1e-6] * 5 + [1e-5] * 2))
-    result = verify_artifact(target, Path("model.fake"), PLACES, "fp16", reference, TASK)
+    result = verify_artifact(target, Path("model.fake"), PLACES, FP16, reference, TASK)
     assert not result.passed
     assert result.structure.worst_db < 90
     assert result.blame
@@ -318,7 +322,7 @@ def test_another_form_of_gelu_fails_alone(verdict, form: str) -> None:
 
 @pytest.mark.parametrize(("place", "layer"), [(0, "blocks.0.attn"), (4, "features"), (6, "head")])
 def test_one_epsilon_off_fails_alone(verdict, reference: Reference, place: int, layer: str) -> None:
-    epsilons = [n.epsilon for n in reference.norms("fp16")]
+    epsilons = [n.epsilon for n in reference.norms(FP16)]
     epsilons[place] *= 1.5
     result = verdict(epsilons=epsilons)
     assert not result.passed
@@ -374,7 +378,7 @@ def of(**outputs: list[float]) -> Values:
 def test_outputs_are_judged_by_the_tasks_budget() -> None:
     wanted = of(mrd1_mm=[4.0, 4.0], lf_mm=[10.0, 20.0], lf_std_mm=[0.5, 0.5])
     actual = of(mrd1_mm=[4.0, 4.03125], lf_mm=[10.0, 20.015625], lf_std_mm=[0.5, 0.5])
-    judged = judge_outputs(actual, wanted, TASK, "fp16")
+    judged = judge_outputs(actual, wanted, TASK, FP16)
     assert list(judged) == ["mrd1_mm", "lf_mm", "lf_std_mm"]
     # 1/32 and 1/64 mm, in four digits, where 0.02 are allowed.
     assert [o.max_error for o in judged.values()] == [0.03125, 0.01562, 0.0]
@@ -382,7 +386,7 @@ def test_outputs_are_judged_by_the_tasks_budget() -> None:
     # 10·log10(500 / 64⁻²) by hand.
     assert judged["lf_mm"].sqnr_db == 63.1
     assert {o.unit for o in judged.values()} == {"mm"}
-    strict = judge_outputs(actual, wanted, TASK, "fp32")
+    strict = judge_outputs(actual, wanted, TASK, parse_recipe("fp32"))
     assert [o.passed for o in strict.values()] == [False, False, True]
     assert {o.budget for o in strict.values()} == {BUDGET["fp32"]}
 
@@ -390,9 +394,9 @@ def test_outputs_are_judged_by_the_tasks_budget() -> None:
 def test_the_budget_itself_is_allowed(monkeypatch) -> None:
     monkeypatch.setattr(type(TASK), "budgets", {"fp16": 0.015625})
     wanted = of(lf_mm=[8.0])
-    assert judge_outputs(of(lf_mm=[8.015625]), wanted, TASK, "fp16")["lf_mm"].passed
+    assert judge_outputs(of(lf_mm=[8.015625]), wanted, TASK, FP16)["lf_mm"].passed
     above = float(np.nextafter(np.float32(8.015625), np.float32(9)))
-    assert not judge_outputs(of(lf_mm=[above]), wanted, TASK, "fp16")["lf_mm"].passed
+    assert not judge_outputs(of(lf_mm=[above]), wanted, TASK, FP16)["lf_mm"].passed
 
 
 # --- LayerNorms ----------------------------------------------------------------------------------

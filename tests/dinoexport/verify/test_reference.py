@@ -18,6 +18,7 @@ from torch import nn
 from dinoexport.errors import ParityError
 from dinoexport.graph import deploy_backbones
 from dinoexport.graph.deploy_model import DeployModel
+from dinoexport.recipes import parse_recipe
 from dinoexport.verify import reference as module
 from dinoexport.verify.metrics import max_error, sqnr_db
 from dinoexport.verify.parity import STRUCTURE_DB
@@ -143,9 +144,9 @@ def test_values_are_those_of_the_trained_model(reference: Reference, model: Task
 
 def test_rounded_values_are_those_of_rounded_weights(reference: Reference) -> None:
     rounded, exact = reference.deployed["fp16"], reference.exact
-    assert reference.structural("fp16") is rounded
+    assert reference.structural(parse_recipe("fp16")) is rounded
     # The deploy graph's own: what is folded there is not the artifact's fault.
-    assert reference.structural("fp32") is reference.deployed["fp32"]
+    assert reference.structural(parse_recipe("fp32")) is reference.deployed["fp32"]
     for name in TAPS:
         level = sqnr_db(exact.taps[name], rounded.taps[name])
         # Half precision keeps 11 bits: 66 dB for each weight, more or less in their sums.
@@ -177,10 +178,12 @@ def test_it_says_where_it_comes_from(reference: Reference, tiny_checkpoint: Path
 # --- its places ----------------------------------------------------------------------------------
 
 
-def test_places_are_the_same_each_time(reference: Reference, model: TaskModel) -> None:
+def test_places_are_the_same_each_time(
+    reference: Reference, make: Callable, tiny_checkpoint: Path
+) -> None:
     torch.manual_seed(99)
     np.random.seed(99)
-    again = make_reference(model, reference.info.checkpoint_sha256, CPU)
+    again = make(tiny_checkpoint, CPU)
     assert encode_reference(again) == encode_reference(reference)
 
 
@@ -223,12 +226,12 @@ def test_a_sketch_takes_those_places(reference: Reference) -> None:
 
 
 def test_norms_in_running_order(reference: Reference) -> None:
-    norms = reference.norms("fp32")
+    norms = reference.norms(parse_recipe("fp32"))
     assert [n.layer for n in norms] == [*TAPS[1:], "head", "head"]
     assert [n.epsilon for n in norms] == [1e-6] * 5 + [1e-5] * 2
     # One of the head reads primary gaze, the other three gazes.
     assert not any(n.optional for n in norms)
-    rounded = reference.norms("fp16")
+    rounded = reference.norms(parse_recipe("fp16"))
     assert [n.epsilon for n in rounded] == [float(np.float16(n.epsilon)) for n in norms]
     assert [n.layer for n in rounded] == [n.layer for n in norms]
 
@@ -566,10 +569,11 @@ def save_header(reference: Reference) -> str:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_and_cpu_give_the_same_reference(reference: Reference, model: TaskModel) -> None:
+def test_cuda_and_cpu_give_the_same_reference(
+    reference: Reference, make: Callable, tiny_checkpoint: Path
+) -> None:
     """Or a bundle that was verified on one machine would fail on another."""
-    made = make_reference(model, reference.info.checkpoint_sha256, torch.device("cuda"))
-    assert next(model.parameters()).device == CPU
+    made = make(tiny_checkpoint, torch.device("cuda"))
     assert "TF32 off" in made.info.device
     assert made.info.versions["cuda"]
     assert made.info.norms == reference.info.norms

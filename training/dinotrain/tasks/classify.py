@@ -44,7 +44,18 @@ class ClassifyTask(Task):
     labels = ("class",)
     presets = PRESETS
     heads = ("mlp", "linear", "probe", "ensemble", "query")
-    budgets = {"fp32": 0.0001, "fp16": 0.02}  # noqa: RUF012
+    budgets = {  # noqa: RUF012
+        "fp32": 0.0001,
+        "fp16": 0.02,
+        "w8": 0.05,
+        "pal8": 0.05,
+        "w8a16": 0.05,
+        "w8a8-dynamic": 0.1,
+        "w8a8": 0.1,
+        "pal6": 0.1,
+        "pal4": 0.3,
+        "w4-block32": 0.3,
+    }
     error_unit = "probability"
 
     def outputs(self, config: "ModelConfig") -> tuple[OutputSpec, ...]:

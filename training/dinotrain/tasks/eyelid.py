@@ -59,7 +59,18 @@ class EyelidTask(Task):
     window_mm = 40.0
     orientation = "right"
     notice = "Research software, not a medical device."
-    budgets = {"fp32": 0.001, "fp16": 0.02}  # noqa: RUF012
+    budgets = {  # noqa: RUF012
+        "fp32": 0.001,
+        "fp16": 0.02,
+        "w8": 0.1,
+        "pal8": 0.1,
+        "w8a16": 0.1,
+        "w8a8-dynamic": 0.3,
+        "w8a8": 0.5,
+        "pal6": 0.3,
+        "pal4": 1.0,
+        "w4-block32": 1.0,
+    }
     error_unit = "mm"
 
     def outputs(self, config: "ModelConfig") -> tuple[OutputSpec, ...]:

@@ -48,7 +48,18 @@ class SegmentTask(Task):
     presets = PRESETS
     # Only pixels at the border of two classes change: a pixel or two by the order of float32 sums,
     # some of each outline by half precision. Both are well below what two people's masks differ by.
-    budgets = {"fp32": 0.0005, "fp16": 0.01}  # noqa: RUF012
+    budgets = {  # noqa: RUF012
+        "fp32": 0.0005,
+        "fp16": 0.01,
+        "w8": 0.03,
+        "pal8": 0.03,
+        "w8a16": 0.03,
+        "w8a8-dynamic": 0.05,
+        "w8a8": 0.1,
+        "pal6": 0.1,
+        "pal4": 0.2,
+        "w4-block32": 0.2,
+    }
     error_unit = "share of pixels"
 
     def label_names(self, classes: Sequence[str]) -> tuple[str, ...]:

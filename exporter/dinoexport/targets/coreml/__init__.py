@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import final
 
 from dinoexport.graph.capture import CapturedProgram
+from dinoexport.recipes import Recipe
 from dinoexport.targets.base import LowerOptions, Runtime, Target
 
 
@@ -15,6 +16,10 @@ class CoremlTarget(Target):
     name = "coreml"
     suffix = ".mlpackage"
     image_input = True
+    supports = {  # noqa: RUF012
+        "fp32": "CPU and GPU; the Neural Engine computes in half precision only",
+        "fp16": "everywhere; what the Neural Engine computes in",
+    }
 
     def lower(
         self,
@@ -67,6 +72,6 @@ class CoremlTarget(Target):
 
         return dict(PackageEvaluator(path).counts.most_common())
 
-    def minimum_os(self, options: LowerOptions) -> str:
+    def minimum_os(self, recipe: Recipe, options: LowerOptions) -> str:
         """Return the iOS and macOS versions that the specification asks for."""
         return f"iOS {options.minimum_ios}, macOS {options.minimum_ios - 3}"

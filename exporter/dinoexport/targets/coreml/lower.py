@@ -40,7 +40,7 @@ def lower(
         )
     precision = (
         ct.transform.FP16ComputePrecision(op_selector=half_before(program.decode_nodes))
-        if options.precision == "fp16"
+        if program.recipe.base.name != "fp32"
         else ct.precision.FLOAT32
     )
     height, width = program.image_size

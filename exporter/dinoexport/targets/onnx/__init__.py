@@ -15,6 +15,10 @@ class OnnxTarget(Target):
 
     name = "onnx"
     suffix = ".onnx"
+    supports = {  # noqa: RUF012
+        "fp32": "everywhere",
+        "fp16": "everywhere; faster on GPUs and NPUs, not on CPUs",
+    }
 
     def lower(
         self,
@@ -28,7 +32,7 @@ class OnnxTarget(Target):
         from dinoexport.targets.onnx.quantize import to_half_precision_
 
         model = lower(program)
-        if options.precision == "fp16":
+        if program.recipe.name == "fp16":
             to_half_precision_(model, program.decode_nodes)
         save(model, path, metadata)
         return locate_taps(model, program.tap_nodes)

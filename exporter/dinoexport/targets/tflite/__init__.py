@@ -14,6 +14,10 @@ class TfliteTarget(Target):
 
     name = "tflite"
     suffix = ".tflite"
+    supports = {  # noqa: RUF012
+        "fp32": "everywhere",
+        "fp16": "everywhere; weights are stored in half, arithmetic is float32 on CPUs",
+    }
 
     def lower(
         self,
@@ -30,7 +34,7 @@ class TfliteTarget(Target):
         taps = locate_taps(content, program)
         # Before quantising: a quantised file keeps weights outside the flatbuffer.
         content = embed_metadata(content, metadata)
-        if options.precision == "fp16":
+        if program.recipe.name == "fp16":
             content = store_half_precision(content)
         path.write_bytes(content)
         return taps

@@ -1,0 +1,1 @@
+"""Quantisation of modules in PyTorch, before capture: every target then ships the same numbers."""
