@@ -69,22 +69,28 @@ class Folder(msgspec.Struct, frozen=True, kw_only=True):
             return made
         artifact.unlink(missing_ok=True)
         mark.unlink(missing_ok=True)
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_make, args=(theirs, self, name, candidate))
-        process.start()
-        theirs.close()
-        try:
-            note, reason = ours.recv()
-        except EOFError:
-            note, reason = "", "its converter's process ended"
-        process.join()
+        note, reason = make_apart(self, name, candidate)
         if not reason and not artifact.is_file():
             reason = "its converter wrote nothing"
         made = Made(digest=digest, note=note, reason=reason)
         if not reason:
             mark.write_bytes(msgspec.json.encode(made))
         return made
+
+
+def make_apart(folder: Folder, name: str, candidate: Candidate | None) -> tuple[str, str]:
+    """Make something in a process of its own; return a note, and why it failed."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_make, args=(theirs, folder, name, candidate))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        return "", "its converter's process ended"
+    finally:
+        process.join()
 
 
 def _make(pipe: Connection, folder: Folder, name: str, candidate: Candidate | None) -> None:

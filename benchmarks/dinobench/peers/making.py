@@ -86,6 +86,8 @@ def make_torchscript(candidate: Candidate, folder: Path, size: int, hot: bool) -
 def _export_onnx(model: Any, path: Path, *, dynamo: bool) -> None:
     import torch
 
+    # One file: the present exporter would keep weights beside it.
+    options: dict[str, Any] = {"external_data": False} if dynamo else {}
     torch.onnx.export(
         model,
         (model.example,),
@@ -93,7 +95,7 @@ def _export_onnx(model: Any, path: Path, *, dynamo: bool) -> None:
         dynamo=dynamo,
         input_names=["pixel_values"],
         output_names=["probabilities"],
-        **({"external_data": False, "verbose": False} if dynamo else {}),
+        **options,
     )
 
 
