@@ -63,10 +63,13 @@ class OutputParity(_Frozen, frozen=True, kw_only=True):
 
 
 class TapParity(_Frozen, frozen=True, kw_only=True):
-    """One tap: SQNR in exact arithmetic with the shipped weights, and as the artifact runs."""
+    """One tap: SQNR in exact arithmetic with the shipped weights, and as the artifact runs; and
+    the least cosine of a sample as it runs.
+    """
 
     structure_db: float
     precision_db: float
+    cosine: float
 
 
 class Structure(_Frozen, frozen=True, kw_only=True):
@@ -78,6 +81,15 @@ class Structure(_Frozen, frozen=True, kw_only=True):
     worst_db: float
     gelu: tuple[str, ...]
     epsilons: tuple[float, ...] = ()
+    passed: bool
+
+
+class Similarity(_Frozen, frozen=True, kw_only=True):
+    """The gate of quantised recipes: every tap as the artifact runs, against float32 PyTorch."""
+
+    threshold: float
+    worst_tap: str
+    worst_cosine: float
     passed: bool
 
 
@@ -109,6 +121,7 @@ class Verdict(_Frozen, frozen=True, kw_only=True):
     reference: ReferenceRecord
     outputs: dict[str, OutputParity]
     structure: Structure
+    similarity: Similarity | None = None
     taps: dict[str, TapParity]
     blame: Blame | None = None
 

@@ -33,6 +33,9 @@ from dinoexport.manifest import (
     describe_inputs,
     describe_preprocessing,
 )
+from dinoexport.passes.base import apply_passes
+from dinoexport.passes.guard_norms import GuardNorms, large_norms
+from dinoexport.passes.sequence import LAYOUTS, build_deploy_model
 from dinoexport.quantize.prepare import prepare_
 from dinoexport.recipes import Recipe, parse_recipe
 from dinoexport.report import render_report
@@ -47,9 +50,10 @@ from dinoexport.verify.reference import (
     with_deployed,
     with_deployed_of,
 )
+from dinotrain.backbones.vit import ViTConfig
 from dinotrain.checkpoint import CheckpointConfig, load_checkpoint, read_config
 from dinotrain.digests import digest
-from dinotrain.errors import CheckpointError, DinoError, UsageError
+from dinotrain.errors import CheckpointError, DinoError, UsageError, unknown_name
 from dinotrain.model import TaskModel
 from dinotrain.tasks import get_task
 
@@ -78,6 +82,7 @@ class BuildRequest:
     precision: str = "fp16"
     image_size: tuple[int, int] | None = None
     minimum_ios: int = 17
+    layout: str = "tokens"
 
 
 @dataclass(frozen=True)
@@ -140,8 +145,20 @@ def plan_build(request: BuildRequest) -> BuildPlan:
         )
     config = _resize(config, request.image_size, path)
     size = "x".join(map(str, dict.fromkeys(config.image_size)))
+    _check_layout(request.layout, config, path)
     name = f"{config.task}-{_short(config.backbone.name)}-{size}-{recipe.name}"
+    name += "" if request.layout == "tokens" else f"-{request.layout}"
     return BuildPlan(request, path, config, recipe, name, tuple(targets))
+
+
+def _check_layout(layout: str, config: CheckpointConfig, path: Path) -> None:
+    if layout not in LAYOUTS:
+        raise unknown_name("layout", layout, LAYOUTS)
+    if layout != "tokens" and not isinstance(config.backbone, ViTConfig):
+        raise UsageError(
+            f"--layout {layout} is one of tokens, and {path.name} has a convolutional backbone, "
+            f"{config.backbone.name}, which has none. Use --layout tokens."
+        )
 
 
 def _short(backbone: str) -> str:
@@ -180,6 +197,22 @@ def load_model(plan: BuildPlan) -> TaskModel:
     return resized.eval().requires_grad_(False)
 
 
+def make_deploy_model(model: TaskModel, plan: BuildPlan, reference: Reference) -> DeployModel:
+    """Return the deploy model of a build: all passes, then those that the recipe and the layout ask
+    for.
+
+    Args:
+        model: trained, eval mode, on the CPU.
+        plan: says recipe and layout.
+        reference: its inputs show which LayerNorms half precision needs guarded.
+    """
+    deploy = build_deploy_model(model)
+    if plan.recipe.base.name != "fp32":
+        samples = (reference.pixels(index) for index in range(reference.samples))
+        apply_passes(deploy, [GuardNorms(large_norms(deploy, samples))])
+    return apply_passes(deploy, LAYOUTS[plan.request.layout])
+
+
 def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
     """Build, verify and put in place one bundle per target.
 
@@ -197,7 +230,7 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
         _check_space(model, request.out)
         with reporter.step("reference (PyTorch float32)"):
             reference = make_reference(model, sha256)
-            deploy = DeployModel(model)
+            deploy = make_deploy_model(model, plan, reference)
         # What follows needs the deploy model alone, and large models fill the memory.
         del model
         with reporter.step(f"quantise to {plan.recipe.name}"):
@@ -392,7 +425,7 @@ def write_reference(plan: BuildPlan, out: Path, reporter: Reporter) -> Reference
     with reporter.step("reference (PyTorch float32)"):
         reference = make_reference(model, digest(plan.checkpoint))
         # Weights of this recipe are rounded alike everywhere; others come from the bundle.
-        deploy = DeployModel(model)
+        deploy = build_deploy_model(model)
         prepare_(deploy, parse_recipe("fp16"))
         reference = with_deployed(reference, "fp16", deploy)
     partial = out.with_name(f".{out.name}.part")

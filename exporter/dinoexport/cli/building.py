@@ -29,6 +29,10 @@ def build(
     minimum_ios: Annotated[
         int, typer.Option(min=16, max=18, help="Core ML only: 16, 17 or 18.")
     ] = 17,
+    layout: Annotated[
+        str,
+        typer.Option(help="tokens, or ane: columns and 1×1 convolutions, for the Neural Engine."),
+    ] = "tokens",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built.")] = False,
     json: Json = False,
 ) -> None:
@@ -44,6 +48,7 @@ def build(
         precision=precision,
         image_size=parse_size(image_size),
         minimum_ios=minimum_ios,
+        layout=layout,
     )
     plan = plan_build(request)
     check_folder(out)
@@ -172,6 +177,12 @@ def print_verdict(title: str, verdict: Any, size_bytes: int | None = None) -> No
         f"      structure     {structure.worst_db:g} dB at {structure.worst_tap}, "
         f"{structure.threshold_db:g} wanted{'' if structure.passed else '  FAIL'}"
     )
+    if verdict.similarity:
+        similarity = verdict.similarity
+        typer.echo(
+            f"      similarity    {similarity.worst_cosine:g} at {similarity.worst_tap}, "
+            f"{similarity.threshold:g} wanted{'' if similarity.passed else '  FAIL'}"
+        )
     typer.echo(f"      run by        {verdict.runtime}")
     typer.echo(f"      reference     {verdict.reference.device}")
     if verdict.blame:

@@ -20,6 +20,8 @@ from dinoexport.graph.capture import (
     capture_deploy,
 )
 from dinoexport.graph.deploy_model import DeployModel
+from dinoexport.passes.base import apply_passes
+from dinoexport.passes.sequence import PASSES, build_deploy_model
 from dinoexport.quantize.prepare import prepare_
 from dinoexport.recipes import parse_recipe
 from dinotrain.backbones.vit import ViTConfig, swiglu_hidden_dim
@@ -65,7 +67,7 @@ def case(request, random_model) -> Case:
     """A captured program, and the deploy model that it must equal, with taps."""
     model = random_model(**VARIANTS[request.param])
     precision = PRECISIONS[request.param]
-    return capture(model, precision), rounded_(DeployModel(model, debug=True), precision)
+    return capture(model, precision), rounded_(build_deploy_model(model, debug=True), precision)
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +349,7 @@ class OneLess(DeployModel):
 def test_graphs_that_differ_are_refused(random_model, fault: Callable):
     model = random_model(**VARIANTS["linear-scalar"])
     with pytest.raises(BuildError, match="the graph with taps differs") as caught:
-        capture_deploy(fault(model), parse_recipe("fp32"), {})
+        capture_deploy(apply_passes(fault(model), PASSES), parse_recipe("fp32"), {})
     assert "\n" not in str(caught.value)
 
 
