@@ -82,9 +82,9 @@ def capture_deploy(
     Raises:
         BuildError: the graph with taps differs from the graph without.
     """
-    program = _export(deploy)
+    program = export(deploy)
     deploy.debug = True
-    debug_program = _export(deploy)
+    debug_program = export(deploy)
     deploy.debug = False
     nodes = [node.name for node in program.graph.nodes]
     if nodes != [node.name for node in debug_program.graph.nodes]:
@@ -124,7 +124,8 @@ def _place(program: ExportedProgram, layers: Mapping[str, Layer]) -> dict[str, L
     return placed
 
 
-def _export(model: nn.Module) -> ExportedProgram:
+def export(model: nn.Module) -> ExportedProgram:
+    """Capture a deploy model as it stands, without slices that take everything."""
     image = torch.zeros(1, 3, *model.image_size)  # type: ignore[misc]
     arguments = tuple(image.clone() for _ in model.input_names)  # type: ignore[union-attr]
     with torch.no_grad():

@@ -35,7 +35,7 @@ class ChannelsViT(DeployViT):
         self.config, self.grid, self.prefix_count = vit.config, vit.grid, vit.prefix_count
         self.normalise, self.patch_embed, self.norm = vit.normalise, vit.patch_embed, vit.norm
         self.embedding = None
-        self.prefix = nn.Parameter(_columns(prefix), requires_grad=False)
+        self.prefix = nn.Parameter(_columns(prefix)[:, :, 0], requires_grad=False)
         self.position = nn.Parameter(_columns(position), requires_grad=False)
         self.blocks = vit.blocks
         for block in cast("list[DeployBlock]", self.blocks):
@@ -46,7 +46,9 @@ class ChannelsViT(DeployViT):
         """(B, 3, H, W), 0..255 → (B, D, 1, 1 + R + N)."""
         prefix, position = self.constants()
         patches = self.patch_embed.proj(self.normalise(images)).flatten(2).unsqueeze(2) + position
-        x = torch.cat((prefix.expand(images.shape[0], -1, -1, -1), patches), dim=TOKEN_AXIS)
+        # Expanded in three dimensions: of four, litert-torch writes a file that does not load.
+        first = prefix.expand(images.shape[0], -1, -1).unsqueeze(2)
+        x = torch.cat((first, patches), dim=TOKEN_AXIS)
         self.record["tokens"] = x
         return x
 

@@ -15,9 +15,9 @@ from dinoexport.errors import BuildError
 from dinoexport.graph.capture import (
     CapturedProgram,
     _downstream,
-    _export,
     capture,
     capture_deploy,
+    export,
 )
 from dinoexport.graph.deploy_model import DeployModel
 from dinoexport.passes.base import apply_passes
@@ -312,7 +312,7 @@ def count_aliases(program: ExportedProgram) -> int:
 def test_aliases_inside_the_graph_are_removed():
     example = torch.arange(72.0).reshape(1, 3, 4, 6)
     raw = torch.export.export(Whole(), (example,)).run_decompositions({})
-    program = _export(Whole())
+    program = export(Whole())
     assert count_aliases(raw) >= 3, "nothing to remove: the test shows nothing"
     # One is an output itself, and its name is the output's.
     assert count_aliases(program) == 1
@@ -369,7 +369,7 @@ def test_a_graph_without_decoder_is_refused(random_model):
     deploy = DeployModel(random_model(**VARIANTS["linear-scalar"]))
     decoder = deploy.decoder
     deploy.decoder = Flat(deploy.output_names)
-    program = _export(deploy)
+    program = export(deploy)
     names = _downstream(program, decoder)
     assert names, "the module at its place counts, whatever it is"
 
@@ -381,4 +381,4 @@ def test_a_graph_without_decoder_is_refused(random_model):
             return {name: pooled[:1, i] for i, name in enumerate(self.output_names)}, {}
 
     with pytest.raises(BuildError, match="no node of the decoder"):
-        _downstream(_export(Inline(random_model(**VARIANTS["linear-scalar"]))), decoder)
+        _downstream(export(Inline(random_model(**VARIANTS["linear-scalar"]))), decoder)

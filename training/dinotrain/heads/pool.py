@@ -133,7 +133,7 @@ class ClsPool(Pool):
             parts.append(patches.mean(dim=1))
         if self.parts.quarters:
             parts += mean_of_quarters(patches, self.grid)
-        # Exporters drop a cat of one tensor, and with it the name of the features' tap.
+        # One part is not joined: exporters drop a join of one, and its value's name with it.
         return (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0],)
 
     def forward(self, features: Features) -> Tensor:
