@@ -38,16 +38,21 @@ def quantize_layers_(model: ModelProto, layers: Mapping[str, Layer]) -> None:
     writer.finish_()
 
 
-def grid_of(span: Range, kind: type[np.unsignedinteger]) -> tuple[np.float32, np.unsignedinteger]:
-    """Return scale and zero point of unsigned integers that hold a range and zero.
+def grid_of(span: Range, activations: Activations) -> tuple[np.float32, np.integer]:
+    """Return scale and zero point of the integers that a range is rounded to.
 
-    Unsigned, because onnxruntime's products of uint8 and int8 are the fastest everywhere, and
-    asymmetric, because what GELU gives is.
+    8 bits are unsigned, because onnxruntime's products of uint8 and int8 are the fastest
+    everywhere, and asymmetric, because what GELU gives is. 16 bits are symmetric.
+
+    Args:
+        span: lower and upper end.
+        activations: by ranges of calibration.
     """
+    if activations is Activations.INT16:
+        return np.float32(max(-span[0], span[1]) / np.iinfo(np.int16).max), np.int16(0)
     low, high = min(span[0], 0.0), max(span[1], 0.0)
-    top = int(np.iinfo(kind).max)
-    scale = np.float32((high - low) / top) or np.float32(1)
-    return scale, kind(np.clip(np.round(-low / scale), 0, top))
+    scale = (high - low) / 255
+    return np.float32(scale), np.uint8(np.clip(np.round(-low / scale), 0, 255))
 
 
 class _Writer:
@@ -60,7 +65,7 @@ class _Writer:
         self._weights = Draft()
         self._instead: dict[str, Draft] = {}
         self._packed: set[str] = set()
-        self._inputs: dict[tuple[str, Activations], tuple[str, ...]] = {}
+        self._inputs: dict[tuple[str, Activations, Range | None], tuple[str, ...]] = {}
 
     def write(self, layer: Layer, stored: StoredWeight) -> None:
         """Rewrite one layer, wherever its weight is read."""
@@ -98,7 +103,7 @@ class _Writer:
         kept = [t for t in self._model.graph.initializer if t.name not in self._packed]
         del self._model.graph.initializer[:]
         self._model.graph.initializer.extend([*kept, *constants])
-        if any(activations is Activations.INT16 for _, activations in self._inputs):
+        if any(activations is Activations.INT16 for _, activations, _ in self._inputs):
             self._model.opset_import[0].version = WIDE_OPSET
         replace_nodes_(self._model, nodes)
 
@@ -163,7 +168,7 @@ class _Writer:
         onnxruntime makes one operator of all that and of the bias behind it.
         """
         draft, output = Draft(), node.output[0]
-        key = (node.input[0], Activations.INT8_DYNAMIC)
+        key = (node.input[0], Activations.INT8_DYNAMIC, None)
         if key not in self._inputs:
             name = node.input[0]
             names = (f"{name}_quantized", f"{name}_step", f"{name}_zero")
@@ -182,13 +187,14 @@ class _Writer:
 
     def _round_input(self, node: NodeProto, span: Range, activations: Activations) -> None:
         """x → QuantizeLinear → DequantizeLinear → the product."""
-        draft, name = Draft(), node.input[0]
-        key = (name, activations)
+        draft, source = Draft(), node.input[0]
+        key = (source, activations, span)
         if key not in self._inputs:
-            kind = np.uint16 if activations is Activations.INT16 else np.uint8
-            step, zero = grid_of(span, kind)
+            # Named after the first product: a mixture may round one value in several ways.
+            name = node.output[0]
+            step, zero = grid_of(span, activations)
             grid = [draft.constant(f"{name}_step", step), draft.constant(f"{name}_zero", zero)]
-            codes = draft.node("QuantizeLinear", [name, *grid], f"{name}_quantized")
+            codes = draft.node("QuantizeLinear", [source, *grid], f"{name}_quantized")
             self._inputs[key] = (draft.node("DequantizeLinear", [codes, *grid], f"{name}_rounded"),)
         product = NodeProto()
         product.CopyFrom(node)
