@@ -11,6 +11,12 @@ from numpy.typing import NDArray
 IDENTIFIER = b"TFL3"
 Kind = schema.BuiltinOperator
 Type = schema.TensorType
+TORCH_ORDER = {
+    Kind.FULLY_CONNECTED: (0, 1),
+    Kind.CONV_2D: (0, 3, 1, 2),
+    Kind.DEPTHWISE_CONV_2D: (3, 0, 1, 2),
+}
+"""Axes of an operator's weights in the order that PyTorch has them in, output channels first."""
 _DEPRECATED_CODE_END = 127
 """Readers of old files look at a byte, which says this of every later operator."""
 

@@ -18,14 +18,14 @@ from dinoexport.graph.capture import CapturedProgram
 from dinoexport.quantize.layers import Layer, Range
 from dinoexport.quantize.weights import StoredWeight
 from dinoexport.recipes import Activations
-from dinoexport.targets.tflite.graph import Graph, Kind, Type, per_channel, per_tensor
-
-TORCH_ORDER = {
-    Kind.FULLY_CONNECTED: (0, 1),
-    Kind.CONV_2D: (0, 3, 1, 2),
-    Kind.DEPTHWISE_CONV_2D: (3, 0, 1, 2),
-}
-"""Axes of an operator's weights in the order that PyTorch has them in, output channels first."""
+from dinoexport.targets.tflite.graph import (
+    TORCH_ORDER,
+    Graph,
+    Kind,
+    Type,
+    per_channel,
+    per_tensor,
+)
 
 _LARGE = 4096
 """Numbers from which on a constant that is no weight is stored in half, such as positions."""
