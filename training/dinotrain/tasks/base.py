@@ -232,9 +232,15 @@ class Task(ABC):
 
     @abstractmethod
     def render_samples(
-        self, count: int, image_size: tuple[int, int]
+        self, count: int, image_size: tuple[int, int], seed: int | None = None
     ) -> "list[dict[str, np.ndarray]]":
-        """Rendered inputs for parity, {input: (H, W, 3) uint8}, always the same ones."""
+        """Rendered inputs, {input: (H, W, 3) uint8}; the same arguments give the same pixels.
+
+        Args:
+            count: of samples.
+            image_size: (height, width) in pixels.
+            seed: of the renderer; None is that of the samples that parity runs on.
+        """
 
     @abstractmethod
     def expected(self, values: dict[str, float]) -> dict[str, float]:

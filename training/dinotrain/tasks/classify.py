@@ -152,15 +152,16 @@ class ClassifyTask(Task):
         return write_dataset(count, seed, out, progress)
 
     def render_samples(
-        self, count: int, image_size: tuple[int, int]
+        self, count: int, image_size: tuple[int, int], seed: int | None = None
     ) -> "list[dict[str, np.ndarray]]":
-        """Rendered eyes of a fixed seed."""
+        """Rendered eyes."""
         from dinotrain.data.images import fit_image
         from dinotrain.data.synthetic.eyes import MIN_SIDE_PX
         from dinotrain.data.synthetic.gazes import render_gaze
 
+        chosen = SAMPLE_SEED if seed is None else seed
         side = max(MIN_SIDE_PX, *image_size)
-        images = (render_gaze(SAMPLE_SEED, index, side)[0] for index in range(count))
+        images = (render_gaze(chosen, index, side)[0] for index in range(count))
         return [{"image": fit_image(image, image_size)} for image in images]
 
     def expected(self, values: dict[str, float]) -> dict[str, float]:

@@ -182,18 +182,19 @@ class EyelidTask(Task):
         return write_dataset(count, seed, out, progress)
 
     def render_samples(
-        self, count: int, image_size: tuple[int, int]
+        self, count: int, image_size: tuple[int, int], seed: int | None = None
     ) -> "list[dict[str, np.ndarray]]":
-        """Rendered eyes of a fixed seed, in right-eye orientation."""
+        """Rendered eyes, in right-eye orientation."""
         import numpy as np
 
         from dinotrain.data.images import crop_window
         from dinotrain.data.synthetic.eyes import MIN_SIDE_PX, render_eye
 
+        chosen = SAMPLE_SEED if seed is None else seed
         side = max(MIN_SIDE_PX, *image_size)
         samples = []
         for index in range(count):
-            eye = render_eye(SAMPLE_SEED, index, side, self.window_mm)
+            eye = render_eye(chosen, index, side, self.window_mm)
             sample = {}
             for gaze, square in eye.images.items():
                 # The width of an input is the window, whatever its height.

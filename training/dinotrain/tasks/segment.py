@@ -181,15 +181,16 @@ class SegmentTask(Task):
         return write_dataset(count, seed, out, progress, size=IMAGE_PX, field_mm=FIELD_MM)
 
     def render_samples(
-        self, count: int, image_size: tuple[int, int]
+        self, count: int, image_size: tuple[int, int], seed: int | None = None
     ) -> "list[dict[str, np.ndarray]]":
-        """Rendered surfaces of a fixed seed."""
+        """Rendered surfaces."""
         from dinotrain.data.images import fit_image
         from dinotrain.data.synthetic.surfaces import MIN_SIDE_PX, render_surface
 
+        chosen = SAMPLE_SEED if seed is None else seed
         side = max(MIN_SIDE_PX, *image_size)
         surfaces = (
-            render_surface(SAMPLE_SEED, index, side, field_mm=FIELD_MM) for index in range(count)
+            render_surface(chosen, index, side, field_mm=FIELD_MM) for index in range(count)
         )
         return [{"image": fit_image(surface.image, image_size)} for surface in surfaces]
 

@@ -140,7 +140,7 @@ def norm_epsilons(path: Path) -> list[float]:
     """Return the epsilon of each LayerNorm and GroupNorm, in running order.
 
     TFLite has no such operators: the converter writes rsqrt(variance + epsilon) and no other RSQRT,
-    for a GroupNorm with a RESHAPE in between.
+    for a GroupNorm with a RESHAPE in between. A guarded LayerNorm adds a multiple of epsilon.
 
     Raises:
         BundleError: it is no flatbuffer, or an RSQRT reads no such sum.
@@ -157,6 +157,10 @@ def norm_epsilons(path: Path) -> list[float]:
                 source = producers[int(source.inputs[0])]
             sources = [int(i) for i in source.inputs]
             constants = [i for i in sources if i not in producers]
+            if not constants:
+                made = [producers[i] for i in sources]
+                factors = [p for p in made if _kind(model, p) == schema.BuiltinOperator.MUL]
+                constants = [int(i) for p in factors for i in p.inputs if int(i) not in producers]
             if len(constants) != 1:
                 raise BundleError(f"{path}: an RSQRT follows no sum with a constant")
             buffer = model.buffers[graph.tensors[constants[0]].buffer]
