@@ -113,6 +113,16 @@ class ReferenceRecord(_Frozen, frozen=True, kw_only=True):
     checkpoint_sha256: str
 
 
+class CalibrationSummary(_Frozen, frozen=True, kw_only=True):
+    """Which pictures ranges of activations come from; ``calibration.json`` has the ranges."""
+
+    source: str
+    count: int
+    seed: int
+    sha256: str
+    observer: str
+
+
 class Verdict(_Frozen, frozen=True, kw_only=True):
     """The result of parity; ``passed`` is true only if every gate passed."""
 
@@ -134,6 +144,7 @@ class Manifest(_Frozen, frozen=True, kw_only=True):
     task: str
     target: str
     precision: str
+    calibration: CalibrationSummary | None = None
     artifact: str
     minimum_os: str
     inputs: tuple[InputSpec, ...]

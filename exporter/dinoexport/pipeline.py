@@ -27,6 +27,7 @@ from dinoexport.errors import BuildError, ParityError
 from dinoexport.graph.capture import CapturedProgram, capture_deploy
 from dinoexport.graph.deploy_model import DeployModel
 from dinoexport.manifest import (
+    CalibrationSummary,
     CheckpointRecord,
     Manifest,
     Verdict,
@@ -36,6 +37,15 @@ from dinoexport.manifest import (
 from dinoexport.passes.base import apply_passes
 from dinoexport.passes.guard_norms import GuardNorms, large_norms
 from dinoexport.passes.sequence import LAYOUTS, build_deploy_model
+from dinoexport.quantize.calibration import (
+    Calibration,
+    CalibrationSet,
+    record_calibration,
+    write_record,
+)
+from dinoexport.quantize.collect import calibrate
+from dinoexport.quantize.observers import DEFAULT_OBSERVER, get_observer
+from dinoexport.quantize.pictures import DEFAULT_COUNT, pixel_digest, read_calibration_set
 from dinoexport.quantize.prepare import prepare_
 from dinoexport.recipes import Recipe, parse_recipe
 from dinoexport.report import render_report
@@ -72,6 +82,23 @@ _TOOLS = (
 
 
 @dataclass(frozen=True)
+class CalibrationRequest:
+    """What to calibrate on, and how; looked at only where a recipe wants calibration.
+
+    Attributes:
+        path: see ``read_calibration_set``; None renders pictures.
+        count: of samples.
+        seed: of their choice.
+        observer: by name.
+    """
+
+    path: Path | None = None
+    count: int = DEFAULT_COUNT
+    seed: int = 0
+    observer: str = DEFAULT_OBSERVER
+
+
+@dataclass(frozen=True)
 class BuildRequest:
     """One ``build`` command."""
 
@@ -83,6 +110,7 @@ class BuildRequest:
     image_size: tuple[int, int] | None = None
     minimum_ios: int = 17
     layout: str = "tokens"
+    calibration: CalibrationRequest = CalibrationRequest()
 
 
 @dataclass(frozen=True)
@@ -134,6 +162,7 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     get_task(request.task)
     targets = expand_targets(request.target)
     recipe = parse_recipe(request.precision)
+    get_observer(request.calibration.observer)
     for name in targets:
         get_target(name).check(recipe)
     path = request.checkpoint or embedded_checkpoint(request.task)
@@ -233,18 +262,61 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
             deploy = make_deploy_model(model, plan, reference)
         # What follows needs the deploy model alone, and large models fill the memory.
         del model
-        with reporter.step(f"quantise to {plan.recipe.name}"):
-            layers = prepare_(deploy, plan.recipe)
+        calibration = _calibrate(plan, deploy, reference, reporter)
+        with reporter.step(f"prepare for {plan.recipe.name}"):
+            layers = prepare_(deploy, plan.recipe, calibration)
             reference = with_deployed(reference, plan.recipe.name, deploy)
         with reporter.step("capture"), quiet(log):
             program = capture_deploy(deploy, plan.recipe, layers)
         del deploy
         return BuildResult(
             tuple(
-                _build_one(plan, get_target(name), program, reference, reporter, log)
+                _build_one(plan, get_target(name), program, reference, calibration, reporter, log)
                 for name in plan.targets
             )
         )
+
+
+def _calibrate(
+    plan: BuildPlan, deploy: DeployModel, reference: Reference, reporter: Reporter
+) -> Calibration | None:
+    """Run the deploy model on calibration pictures, where the recipe wants that."""
+    if not plan.recipe.calibrated:
+        return None
+    pictures = read_pictures(plan, reference)
+    with reporter.step(f"calibrate on {pictures.source}") as step:
+        observer = get_observer(plan.request.calibration.observer)
+        return calibrate(deploy, pictures, observer, step.update)
+
+
+def read_pictures(plan: BuildPlan, reference: Reference) -> CalibrationSet:
+    """Read the pictures to calibrate on, none of which is a parity sample.
+
+    Raises:
+        DinoError: they cannot be used.
+    """
+    asked = plan.request.calibration
+    return read_calibration_set(
+        get_task(plan.config.task),
+        plan.config.image_size,
+        asked.path,
+        count=asked.count,
+        seed=asked.seed,
+        barred={pixel_digest(image) for images in reference.inputs.values() for image in images},
+    )
+
+
+def _summarise(calibration: Calibration | None) -> CalibrationSummary | None:
+    if calibration is None:
+        return None
+    pictures = calibration.pictures
+    return CalibrationSummary(
+        source=pictures.source,
+        count=len(pictures.samples),
+        seed=pictures.seed,
+        sha256=pictures.sha256,
+        observer=calibration.observer.name,
+    )
 
 
 def _build_one(
@@ -252,6 +324,7 @@ def _build_one(
     target: Target,
     program: CapturedProgram,
     reference: Reference,
+    calibration: Calibration | None,
     reporter: Reporter,
     log: Path,
 ) -> BuiltBundle:
@@ -269,11 +342,14 @@ def _build_one(
                 target, artifact, taps, plan.recipe, reference, task, step.update
             )
         (folder / REFERENCE).write_bytes(encode_reference(reference))
+        if calibration is not None:
+            write_record(folder, record_calibration(calibration, plan.recipe.name, program.layers))
         manifest = Manifest(
             name=plan.name,
             task=task.name,
             target=target.name,
             precision=plan.recipe.name,
+            calibration=_summarise(calibration),
             artifact=artifact.name,
             minimum_os=target.minimum_os(plan.recipe, options),
             inputs=tuple(describe_inputs(task, plan.config.image_size, target.image_input)),

@@ -114,10 +114,10 @@ PRECISIONS: dict[str, Precision] = {
 
 MODIFIERS = {
     "smooth": "move outliers of activations into weights (SmoothQuant)",
-    "bias": "correct the mean error of each layer in its bias",
     "outliers": "keep the input channels that reach farthest in half precision",
+    "bias": "correct the mean error of each layer in its bias",
 }
-"""What may stand behind a colon besides layers."""
+"""What may stand behind a colon besides layers, in the order in which it is done."""
 
 _PATTERN = re.compile(r"[a-z0-9_*+]+(\.[a-z0-9_*+]+)*")
 

@@ -58,6 +58,13 @@ def render_report(manifest: Manifest) -> str:
         f"| `{name}` | {tap.structure_db:g} | {tap.precision_db:g} | {tap.cosine:g} |"
         for name, tap in verdict.taps.items()
     ]
+    if manifest.calibration:
+        chosen = manifest.calibration
+        lines += [
+            "",
+            f"Ranges of activations ({chosen.observer}): {chosen.count} samples, {chosen.source}, "
+            f"seed {chosen.seed}, pixels `{chosen.sha256}`; `calibration.json` has them.",
+        ]
     if verdict.blame:
         lines += ["", f"Blame: {verdict.blame.message}."]
     lines += [

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dinoexport.errors import BundleError
 from dinoexport.quantize.layers import Layer, Range
+from dinoexport.quantize.observers import Observer
 
 RECORD = "calibration.json"
 """Name of the record in a bundle."""
@@ -98,7 +99,7 @@ class Calibration:
 
     layers: dict[str, LayerStatistics]
     pictures: CalibrationSet
-    observer: str
+    observer: Observer
 
 
 class TensorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -164,7 +165,7 @@ def record_calibration(
         count=len(pictures.samples),
         seed=pictures.seed,
         sha256=pictures.sha256,
-        observer=calibration.observer,
+        observer=calibration.observer.label,
         layers=records,
     )
 

@@ -80,7 +80,7 @@ def calibrate(
                 "--calibration, or train the model again."
             )
         layers[name] = LayerStatistics(read.finish(observer), given.finish(observer))
-    return Calibration(layers, pictures, observer.name)
+    return Calibration(layers, pictures, observer)
 
 
 @torch.no_grad()

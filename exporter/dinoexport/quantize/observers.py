@@ -51,7 +51,7 @@ class Histogram:
     def centres(self) -> NDArray[np.float64]:
         """(BINS,) middle of each bin."""
         width = 2 * self.limit / BINS
-        return (np.arange(BINS) + 0.5) * width - self.limit
+        return np.add((np.arange(BINS) + 0.5) * width, -self.limit, dtype=np.float64)
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Count finite values of any shape."""
@@ -92,6 +92,11 @@ class Observer(ABC):
     symmetric: bool = False
 
     name = ""
+
+    @property
+    def label(self) -> str:
+        """Name and kind, as records have it."""
+        return f"{self.name}, symmetric" if self.symmetric else self.name
 
     def choose(self, seen: Histogram) -> Range:
         """Return the range to clip to; it holds zero, so that zero is exact, and is not empty."""

@@ -54,14 +54,15 @@ def store_weight(weight: NDArray[np.float32], precision: Precision) -> StoredWei
 
     Args:
         weight: output channels first, finite.
-        precision: not a float one. One with blocks that do not divide the inputs becomes w8.
+        precision: not a float one. One with blocks becomes w8 where they do not divide the
+            inputs, and in convolutions over several pixels, where no format has such blocks.
     """
     flat = weight.reshape(len(weight), -1)
     empty = np.zeros((0, 0), np.float32)
     if precision.kind is WeightKind.PALETTE:
         codes, table = _palettize(flat, precision.bits)
         return StoredWeight(precision, weight.shape, codes, empty, table)
-    if precision.block and flat.shape[1] % precision.block:
+    if precision.block and (weight.shape[1] % precision.block or weight[0, 0].size > 1):
         return store_weight(weight, PRECISIONS["w8"])
     block = precision.block or flat.shape[1]
     codes, scale = _quantize(flat, precision.bits, block)

@@ -59,7 +59,7 @@ def test_the_observer_chooses_the_range(deploy, pictures, linear) -> None:
     near = np.quantile(linear[1], [5e-5, 1 - 5e-5], method="inverted_cdf")
     width = 2 * 2 ** np.ceil(np.log2(np.abs(linear[1]).max())) / 8192
     np.testing.assert_allclose([low, high], near, atol=width)
-    assert found.observer == "percentile"
+    assert found.observer.label == "percentile"
 
 
 def test_progress_is_told(deploy, pictures) -> None:

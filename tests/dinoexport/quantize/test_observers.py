@@ -75,7 +75,7 @@ def test_the_squared_error_is_that_of_rounding(values) -> None:
     ends = [(a, b) for a in np.linspace(-9, 0, 46) for b in np.linspace(0.6, 31, 77)]
     least = min(np.mean((fake_quantized(values, a, b) - values) ** 2) for a, b in ends)
     assert chosen <= 1.1 * least  # the grids differ
-    assert -9 < low and high <= 31  # clipping −9, one value of 40,000, pays
+    assert low > -9 and high <= 31  # clipping −9, one value of 40,000, pays
 
 
 def test_entropy_cuts_the_tail_that_says_nothing() -> None:
@@ -109,5 +109,7 @@ def test_every_range_holds_zero_and_has_a_width(name: str, symmetric: bool, valu
 
 
 def test_an_unknown_observer_is_refused() -> None:
-    with pytest.raises(UsageError, match="unknown observer 'percentil'. Did you mean 'percentile'"):
+    with pytest.raises(
+        UsageError, match=r"unknown observer 'percentil'\. Did you mean 'percentile'"
+    ):
         get_observer("percentil")

@@ -7,6 +7,7 @@ from typing import final
 from dinoexport.graph.capture import CapturedProgram
 from dinoexport.recipes import Recipe
 from dinoexport.targets.base import LowerOptions, Runtime, Target
+from dinoexport.targets.coreml.systems import name_systems, needed_ios
 
 
 @final
@@ -19,6 +20,12 @@ class CoremlTarget(Target):
     supports = {  # noqa: RUF012
         "fp32": "CPU and GPU; the Neural Engine computes in half precision only",
         "fp16": "everywhere; what the Neural Engine computes in",
+        "w8": "everywhere; half the size of fp16, no faster",
+        "w8a8": "iOS 17; faster from A17 Pro and M4 on (Neural Engine), elsewhere only smaller",
+        "w4-block32": "iOS 18; made for the GPU of a Mac, no faster on the Neural Engine",
+        "pal8": "iOS 18; half the size of fp16; the Neural Engine unpacks it while it runs",
+        "pal6": "iOS 18; smaller yet; the Neural Engine unpacks it while it runs",
+        "pal4": "iOS 18; a quarter of the size; the Neural Engine unpacks it while it runs",
     }
 
     def lower(
@@ -74,4 +81,4 @@ class CoremlTarget(Target):
 
     def minimum_os(self, recipe: Recipe, options: LowerOptions) -> str:
         """Return the iOS and macOS versions that the specification asks for."""
-        return f"iOS {options.minimum_ios}, macOS {options.minimum_ios - 3}"
+        return name_systems(needed_ios(recipe, options))

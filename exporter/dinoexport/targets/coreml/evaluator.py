@@ -19,8 +19,8 @@ from coremltools.proto import FeatureTypes_pb2
 from torch import Tensor
 
 from dinoexport.errors import BundleError, ParityError, UnknownOperationError
-from dinoexport.targets.coreml.mil_operands import Operands, as_tensor, carrier
-from dinoexport.targets.coreml.mil_ops import KERNELS
+from dinoexport.targets.coreml.mil_operands import Kernel, Operands, Read, as_tensor, carrier
+from dinoexport.targets.coreml.mil_ops import EXACT, KERNELS
 from dinoexport.targets.coreml.package import Package, open_package
 from dinotrain.errors import ShapeError, UsageError, unknown_name
 
@@ -117,6 +117,7 @@ class PackageEvaluator:
         self._function = program.functions[name]
         self._operations = [op for op in self._function.operations if op.op_type != "const"]
         self._constants: dict[int, Tensor] = {}
+        self._unpacked: dict[bool, dict[int, Tensor]] = {}
         description = _described(package.spec.description, name)
         self.inputs = {
             name: _port(name, var, description) for name, var in self._function.inputs.items()
@@ -124,7 +125,6 @@ class PackageEvaluator:
         self.outputs = {var.name: _port(var.name, var, description) for var in self._results}
         self.operations = [_info(op) for op in self._operations]
         self._by_name = {var.name: var for op in self._operations for var in op.outputs}
-        self._unpack_weights()
 
     @property
     def _results(self) -> Sequence[Any]:
@@ -192,8 +192,9 @@ class PackageEvaluator:
         Args:
             inputs: by name; an image is uint8 (H, W, 3) RGB (or (H, W) grayscale), anything else
                 an array of the input's shape.
-            round_activations: round every result that the program declares as half precision.
-                False computes all in float32, so only graph and weights are tested.
+            round_activations: round every result that the program declares as half precision,
+                unpacked weights included, and quantise activations. False computes all in
+                float32, where quantising only scales, so only graph and weights are tested.
             keep: variable names whose values are wanted beside the outputs.
             watch: record the largest magnitude of every floating-point result.
 
@@ -208,18 +209,21 @@ class PackageEvaluator:
         wanted = set(keep or ())
         for name in sorted(wanted - self._by_name.keys()):
             raise unknown_name("variable", name, self._by_name)
+        kernels = KERNELS if round_activations else KERNELS | EXACT
+        unpacked = self._unpack_weights(round_activations)
         values = self._feed(inputs, round_activations)
         last_use = self._last_use(wanted)
         kept: dict[str, np.ndarray] = {}
         peaks: list[Peak] = []
         with torch.inference_mode():
             for step, operation in enumerate(self._operations):
-                if id(operation.outputs[0]) in self._constants:
+                if id(operation.outputs[0]) in unpacked:
                     continue
-                for var, raw in zip(
-                    operation.outputs, self._compute(operation, values), strict=True
-                ):
-                    value = _settle(raw, var.dtype, round_activations)
+                read = self._reader(values, unpacked)
+                exact = not round_activations and operation.op_type in EXACT
+                results = self._compute(kernels[operation.op_type], operation, read)
+                for var, raw in zip(operation.outputs, results, strict=True):
+                    value = raw if exact else _settle(raw, var.dtype, round_activations)
                     if watch and raw.is_floating_point():
                         peaks.append(_peak(operation.op_type, var, raw))
                     values[id(var)] = value
@@ -227,33 +231,38 @@ class PackageEvaluator:
                         kept[var.name] = value.numpy().copy()
                 for key in last_use.get(step, ()):
                     values.pop(key, None)
-            read = self._reader(values)
+            read = self._reader(values, unpacked)
             outputs = {var.name: read(var).numpy().copy() for var in self._results}
             for name in wanted - kept.keys():
                 kept[name] = read(self._by_name[name]).numpy().copy()
         return Evaluation(outputs=outputs, values=kept, peaks=tuple(peaks))
 
-    def _unpack_weights(self) -> None:
+    def _unpack_weights(self, rounded: bool) -> dict[int, Tensor]:
         """Compute ``constexpr`` operations once; Core ML does so when it loads the model."""
-        for operation in self._operations:
-            if operation.op_type.startswith("constexpr_"):
-                for var, raw in zip(operation.outputs, self._compute(operation, {}), strict=True):
-                    self._constants[id(var)] = _settle(raw, var.dtype, True)
+        if rounded not in self._unpacked:
+            found: dict[int, Tensor] = {}
+            read = self._reader({}, found)
+            for operation in self._operations:
+                if operation.op_type.startswith("constexpr_"):
+                    results = self._compute(KERNELS[operation.op_type], operation, read)
+                    for var, raw in zip(operation.outputs, results, strict=True):
+                        found[id(var)] = _settle(raw, var.dtype, rounded)
+            self._unpacked[rounded] = found
+        return self._unpacked[rounded]
 
-    def _reader(self, values: Mapping[int, Tensor]) -> Any:
+    def _reader(self, values: Mapping[int, Tensor], unpacked: Mapping[int, Tensor]) -> Read:
         def read(var: Any) -> Tensor:
-            found = values.get(id(var))
-            if found is not None:
-                return found
-            if id(var) not in self._constants:
-                self._constants[id(var)] = as_tensor(var.val, var.dtype)
+            for known in (values, unpacked, self._constants):
+                if id(var) in known:
+                    return known[id(var)]
+            self._constants[id(var)] = as_tensor(var.val, var.dtype)
             return self._constants[id(var)]
 
         return read
 
-    def _compute(self, operation: Any, values: Mapping[int, Tensor]) -> list[Tensor]:
+    def _compute(self, kernel: Kernel, operation: Any, read: Read) -> list[Tensor]:
         try:
-            found = KERNELS[operation.op_type](Operands(operation, self._reader(values)))
+            found = kernel(Operands(operation, read))
         except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
             raise ParityError(
                 f"{self.path}: operation '{operation.name}' ({operation.op_type}) cannot be "

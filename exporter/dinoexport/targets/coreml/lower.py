@@ -9,10 +9,13 @@ import numpy as np
 
 from dinoexport.errors import BuildError
 from dinoexport.graph.capture import CapturedProgram
+from dinoexport.quantize.layers import Layer
 from dinoexport.targets.base import LowerOptions
+from dinoexport.targets.coreml.compression import PASS, layer_of, layers_by_constant
 from dinoexport.targets.coreml.evaluator import PackageEvaluator
 from dinoexport.targets.coreml.package import normalise_package
 from dinoexport.targets.coreml.precision import half_before
+from dinoexport.targets.coreml.systems import needed_ios
 
 _UNWANTED_PASSES = ("common::fuse_elementwise_to_batchnorm",)
 """It writes γx + β as a batch_norm of mean 0, variance 1 and ε 1e-5, which divides by √1.00001:
@@ -38,14 +41,13 @@ def lower(
             f"coreml: minimum iOS {options.minimum_ios} is not supported; "
             f"accepted: {', '.join(map(str, _TARGETS))}"
         )
-    precision = (
-        ct.transform.FP16ComputePrecision(op_selector=half_before(program.decode_nodes))
-        if program.recipe.base.name != "fp32"
-        else ct.precision.FLOAT32
-    )
+    ios = needed_ios(program.recipe, options)
+    layers = layers_by_constant(program)
     height, width = program.image_size
     passes: Any = ct.PassPipeline.DEFAULT
     passes.remove_passes(_UNWANTED_PASSES)
+    passes.append_pass(PASS)
+    passes.set_options(PASS, {"layers": layers, "ios": ios})
     try:
         model: Any = ct.convert(
             program.program,
@@ -59,8 +61,8 @@ def lower(
                 ct.TensorType(name=name, dtype=dtype)
                 for name, dtype in zip(program.output_names, _output_dtypes(program), strict=True)
             ],
-            minimum_deployment_target=_TARGETS[options.minimum_ios],
-            compute_precision=precision,
+            minimum_deployment_target=_TARGETS[ios],
+            compute_precision=_compute_precision(program, layers),
             pass_pipeline=passes,
             compute_units=ct.ComputeUnit.ALL,
             skip_model_load=True,
@@ -79,6 +81,23 @@ def lower(
         model.user_defined_metadata[key] = value
     model.save(str(path))
     normalise_package(path)
+
+
+def _compute_precision(program: CapturedProgram, layers: Mapping[str, Layer]) -> Any:
+    """Half precision, but in float32 layers and where values are decoded; or the other way."""
+    names = [precision.name for precision in program.recipe.precisions]
+    single = names[0] == "fp32"
+    if single and "fp16" not in names:
+        return ct.precision.FLOAT32
+    before_decoding = half_before(program.decode_nodes)
+
+    def may_be_half(operation: Any) -> bool:
+        layer = layer_of(operation, layers)
+        if single:
+            return layer is not None and layer.precision.name == "fp16"
+        return before_decoding(operation) and (layer is None or layer.precision.name != "fp32")
+
+    return ct.transform.FP16ComputePrecision(op_selector=may_be_half)
 
 
 def _output_dtypes(program: CapturedProgram) -> list[type]:

@@ -86,12 +86,22 @@ def constexpr_cast(op: Operands) -> Tensor:
     return op.tensor("source_val")
 
 
+def _scaled(op: Operands) -> tuple[Tensor, Tensor | float]:
+    x, axis = op.tensor("input"), op.const("axis")
+    return x / _along(op.tensor("scale"), x, axis), _along(op.maybe("zero_point"), x, axis)
+
+
 def quantize(op: Operands) -> Tensor:
     """clip(round(x/scale) + zero_point), halves to even, in the range of the output's type."""
-    x, axis = op.tensor("input"), op.const("axis")
-    scale, zero_point = op.tensor("scale"), _along(op.maybe("zero_point"), x, axis)
+    scaled, zero_point = _scaled(op)
     low, high = (-128, 127) if op.dtype() is types.int8 else (0, 255)
-    return (torch.round(x / _along(scale, x, axis)) + zero_point).clamp(low, high)
+    return (torch.round(scaled) + zero_point).clamp(low, high)
+
+
+def quantize_exactly(op: Operands) -> Tensor:
+    """x/scale + zero_point, which ``dequantize`` undoes if it has the same scale."""
+    scaled, zero_point = _scaled(op)
+    return scaled + zero_point
 
 
 def dequantize(op: Operands) -> Tensor:
@@ -110,3 +120,6 @@ CONSTANTS: dict[str, Kernel] = {
     "dequantize": dequantize,
     "quantize": quantize,
 }
+
+EXACT: dict[str, Kernel] = {"quantize": quantize_exactly}
+"""What is computed otherwise where activations are not rounded."""

@@ -44,10 +44,14 @@ def as_tensor(value: Any, dtype: Any) -> Tensor:
     return torch.from_numpy(np.array(array, copy=True, order="C")).to(carrier(dtype))
 
 
-class Operands:
-    """The inputs of one operation; ``read`` turns a MIL variable into its value."""
+Read = Callable[[Any], Tensor]
+"""Turns a MIL variable into its value."""
 
-    def __init__(self, operation: Any, read: Callable[[Any], Tensor]) -> None:
+
+class Operands:
+    """The inputs of one operation."""
+
+    def __init__(self, operation: Any, read: Read) -> None:
         self.operation = operation
         self.read = read
 
