@@ -13,6 +13,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from dinoexport.errors import BundleError
 from dinoexport.targets.base import RunResult, Runtime, plain
+from dinoexport.targets.tflite.exact import exact_form
 
 CHANNELS_LAST = "channels-last:"
 """Before a tap's tensor name: it holds (B, H, W, C) where the reference has (B, C, H, W)."""
@@ -27,10 +28,17 @@ class TfliteRuntime(Runtime):
             delegate does not give its inner tensors.
         keep_all: keep every tensor even without taps.
         threads: of the XNNPACK delegate.
+        exact: compute in float32 with the stored numbers, see ``exact_form``.
     """
 
     def __init__(
-        self, path: Path, taps: Mapping[str, str], *, keep_all: bool = False, threads: int = 2
+        self,
+        path: Path,
+        taps: Mapping[str, str],
+        *,
+        keep_all: bool = False,
+        threads: int = 2,
+        exact: bool = False,
     ) -> None:
         inner = bool(taps) or keep_all
         kernels = "reference kernels" if inner else "XNNPACK"
@@ -38,6 +46,7 @@ class TfliteRuntime(Runtime):
         try:
             content = path.read_bytes()
             _check_identifier(content)
+            content = exact_form(content) if exact else content
             self._interpreter = Interpreter(
                 model_content=content,
                 num_threads=threads,
