@@ -57,6 +57,7 @@ from dinoexport.verify.reference import (
     encode_reference,
     load_reference,
     make_reference,
+    pick_device,
     with_deployed,
     with_deployed_of,
 )
@@ -237,8 +238,10 @@ def make_deploy_model(model: TaskModel, plan: BuildPlan, reference: Reference) -
     """
     deploy = build_deploy_model(model)
     if plan.recipe.base.name != "fp32":
-        samples = (reference.pixels(index) for index in range(reference.samples))
-        apply_passes(deploy, [GuardNorms(large_norms(deploy, samples))])
+        device = pick_device()
+        samples = (reference.pixels(index, device) for index in range(reference.samples))
+        names = large_norms(deploy.to(device), samples)
+        apply_passes(deploy.to("cpu"), [GuardNorms(names)])
     return apply_passes(deploy, LAYOUTS[plan.request.layout])
 
 

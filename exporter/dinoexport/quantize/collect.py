@@ -16,7 +16,13 @@ from dinoexport.quantize.calibration import (
     TensorStatistics,
 )
 from dinoexport.quantize.layers import Weighted, quantises_activations, weighted_layers
-from dinoexport.quantize.observers import DEFAULT_OBSERVER, Histogram, Observer, get_observer
+from dinoexport.quantize.observers import (
+    DEFAULT_OBSERVER,
+    Histogram,
+    MinMax,
+    Observer,
+    get_observer,
+)
 
 Note = Callable[[str, Tensor, Tensor], None]
 """Told (layer, what it reads, what it gives) at each run of a layer."""
@@ -50,9 +56,9 @@ def calibrate(
 
     def note(name: str, read: Tensor, given: Tensor) -> None:
         if name not in watches:
-            # Histograms of the others would cost time and choose nothing.
-            wanted = quantises_activations(name, modules[name])
-            watches[name] = (_Watch(modules[name], wanted), _Watch(modules[name], wanted))
+            # Others stay float: their histograms would cost time and choose nothing.
+            used = observer if quantises_activations(name, modules[name]) else MinMax()
+            watches[name] = (_Watch(modules[name], used), _Watch(modules[name], used))
         for watch, tensor, what in zip(
             watches[name], (read, given), ("reads", "gives"), strict=True
         ):
@@ -79,7 +85,7 @@ def calibrate(
                 f"{len(pictures.samples)} samples, which is no range. Give other pictures with "
                 "--calibration, or train the model again."
             )
-        layers[name] = LayerStatistics(read.finish(observer), given.finish(observer))
+        layers[name] = LayerStatistics(read.finish(), given.finish())
     return Calibration(layers, pictures, observer)
 
 
@@ -128,9 +134,10 @@ def watched(modules: Mapping[str, nn.Module], note: Note) -> Iterator[None]:
 class _Watch:
     """One tensor while pictures come."""
 
-    def __init__(self, module: Weighted, counted: bool) -> None:
+    def __init__(self, module: Weighted, observer: Observer) -> None:
         self._axis = -1 if isinstance(module, nn.Linear) else 1
-        self._histogram = Histogram() if counted else None
+        self._observer = observer
+        self._histogram = Histogram()
         self._low: Tensor | None = None
         self._high: Tensor | None = None
         self._shape: tuple[int, ...] = ()
@@ -149,18 +156,16 @@ class _Watch:
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
         self._shape = tuple(tensor.shape)
-        if self._histogram is not None:
+        if self._observer.counts:
             self._histogram.add(tensor.cpu().numpy())
 
-    def finish(self, observer: Observer) -> TensorStatistics:
+    def finish(self) -> TensorStatistics:
         if self._low is None or self._high is None:
             raise BuildError("calibration: there are no pictures. Give some with --calibration.")
-        limits = (min(self.minimum, 0.0), max(self.maximum, 0.0))
-        if self._histogram is not None:
-            limits = observer.choose(self._histogram)
+        seen = self._histogram if self._observer.counts else Histogram(self.minimum, self.maximum)
         return TensorStatistics(
             shape=self._shape,
-            range=limits,
+            range=self._observer.choose(seen),
             minimum=self.minimum,
             maximum=self.maximum,
             channel_minimum=self._low.cpu().numpy(),

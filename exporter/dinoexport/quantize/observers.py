@@ -5,7 +5,7 @@ All read one histogram that widens while pictures come, so that no tensor is kep
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,10 @@ _CUTS = 64
 class Histogram:
     """Counts of values in equal bins around zero; what does not fit doubles the bins' width.
 
+    Args:
+        minimum: seen before, if nothing but the ends is asked.
+        maximum: the same.
+
     Attributes:
         counts: (BINS,) int64, from -limit to limit.
         limit: a power of two above every magnitude seen; 0 before anything but zeros was.
@@ -36,11 +40,11 @@ class Histogram:
         maximum: exact.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, minimum: float = np.inf, maximum: float = -np.inf) -> None:
         self.counts: NDArray[np.int64] = np.zeros(BINS, np.int64)
         self.limit = 0.0
-        self.minimum = np.inf
-        self.maximum = -np.inf
+        self.minimum = minimum
+        self.maximum = maximum
 
     @property
     def total(self) -> int:
@@ -62,9 +66,11 @@ class Histogram:
         if self.limit == 0:
             self.counts[BINS // 2] += flat.size
             return
-        # A power of two: the product is exact, and no value is counted beside its bin.
-        places = np.floor(flat * np.float32(BINS / (2 * self.limit))).astype(np.int32) + BINS // 2
-        self.counts += np.bincount(np.clip(places, 0, BINS - 1), minlength=BINS)
+        # In place and in float32: four times as fast, and off by a thousandth of a bin.
+        places = flat * np.float32(BINS / (2 * self.limit))
+        places += BINS // 2
+        np.clip(places, 0, BINS - 1, out=places)
+        self.counts += np.bincount(places.astype(np.int64), minlength=BINS)
 
     def _widen(self, peak: float) -> None:
         if peak <= self.limit:
@@ -91,7 +97,9 @@ class Observer(ABC):
 
     symmetric: bool = False
 
-    name = ""
+    name: ClassVar[str] = ""
+    counts: ClassVar[bool] = True
+    """Whether more than the two ends is asked of a histogram."""
 
     @property
     def label(self) -> str:
@@ -119,6 +127,7 @@ class MinMax(Observer):
     """Everything that was seen: nothing is clipped, and one outlier sets the step."""
 
     name = "min-max"
+    counts = False
 
     def _choose(self, seen: Histogram) -> Range:
         return seen.minimum, seen.maximum

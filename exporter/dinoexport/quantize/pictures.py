@@ -6,6 +6,7 @@ the user gives nothing, from the task's own renderer.
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ DEFAULT_COUNT = 64
 LEAST_COUNT = 8
 """Below this, one odd picture sets the ranges."""
 LIST_SUFFIX = ".txt"
+_HELD_OUT_SEED = 500_000
 _RENDER_SEED = 77_000_000
 """Added to the user's seed: far from the seeds of parity samples and of rendered data sets."""
 _Named = Iterator[tuple[str, dict[str, Pixels]]]
@@ -77,6 +79,82 @@ def read_calibration_set(
             f"{LEAST_COUNT} are needed at least. Give more, or leave --calibration out to render."
         )
     return CalibrationSet(tuple(samples), source, seed, set_digest(samples))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Pictures that no weight, range or choice of a recipe has seen.
+
+    Attributes:
+        samples: {input: (H, W, 3) uint8} each.
+        true: what ``Task.truth`` gives for them; None where they have no labels.
+        source: what they were read from, in a few words.
+        sha256: over their pixels, in order.
+    """
+
+    samples: tuple[dict[str, Pixels], ...]
+    true: NDArray[np.generic] | None
+    source: str
+    sha256: str
+
+
+def read_held_out(
+    task: Task,
+    image_size: tuple[int, int],
+    calibration: CalibrationSet,
+    path: Path | None = None,
+    *,
+    count: int,
+) -> HeldOut:
+    """Read pictures to judge quantised models on, beside those that they were calibrated on.
+
+    Args:
+        task: reads labelled data, and renders where there is no path.
+        image_size: (height, width) of the model.
+        calibration: whose pictures must not be among them, and whose seed is gone on with.
+        path: as in ``read_calibration_set``. Of labelled data the test split is taken, or
+            validation where there is none; of a folder or a list the pictures that calibration
+            left; without a path others are rendered.
+        count: samples at most.
+
+    Raises:
+        UsageError: fewer than ``LEAST_COUNT`` are left.
+        DataError: the data cannot be read.
+    """
+    seed, true = calibration.seed, None
+    if path is None:
+        samples = task.render_samples(count, image_size, _RENDER_SEED + _HELD_OUT_SEED + seed)
+        source = f"pictures rendered by task {task.name}"
+    elif _is_plain(path):
+        taken = len(calibration.samples)
+        found = _listed(task, image_size, path, taken + count, seed)
+        samples = [sample for _, sample in found][taken:]
+        source = f"{path.name}, beside calibration"
+    else:
+        dataset = task.read(path, image_size=image_size, seed=seed)
+        split = "test" if dataset.split("test").samples else "val"
+        names = {i.name for i in task.inputs}
+        whole = [s for s in dataset.split(split).samples if names <= s.images.keys()]
+        chosen = [whole[index] for index in _draw(len(whole), count, seed)]
+        samples = [task.load(sample, image_size)[0] for sample in chosen]
+        true = task.truth(chosen, image_size)
+        source = f"{path.name}, {split} split"
+    if len(samples) < LEAST_COUNT:
+        raise UsageError(
+            f"--calibration {path}: {len(samples)} samples are left to judge recipes on, "
+            f"{LEAST_COUNT} are needed. Give more pictures or a smaller --calibration-count."
+        )
+    seen = {pixel_digest(image) for sample in calibration.samples for image in sample.values()}
+    # Calibration takes pictures of a list in turn for all inputs, so one may stand in both.
+    apart = [not seen & {pixel_digest(image) for image in s.values()} for s in samples]
+    samples = [sample for sample, new in zip(samples, apart, strict=True) if new]
+    if len(samples) < LEAST_COUNT:
+        raise UsageError(
+            f"--calibration {path}: only {len(samples)} of the held-out samples are not among "
+            f"those of calibration; {LEAST_COUNT} are needed. Give more pictures."
+        )
+    kept = None if true is None else true[np.array(apart)]
+    return HeldOut(tuple(samples), kept, source, set_digest(samples))
 
 
 def pixel_digest(image: NDArray[np.uint8]) -> str:

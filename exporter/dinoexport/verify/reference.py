@@ -93,9 +93,9 @@ class Reference:
         """Inputs of one sample, {input: (H, W, 3) uint8}."""
         return {name: images[index] for name, images in self.inputs.items()}
 
-    def pixels(self, index: int) -> tuple[Tensor, ...]:
+    def pixels(self, index: int, device: torch.device) -> tuple[Tensor, ...]:
         """Inputs of one sample as models take them: (1, 3, H, W) float32 of 0..255 each."""
-        return tuple(_pixels(image) for image in self.sample(index).values())
+        return tuple(_pixels(image).to(device) for image in self.sample(index).values())
 
     def norms(self, recipe: Recipe) -> list[Norm]:
         """Every such norm in running order, its epsilon rounded as a recipe has it."""

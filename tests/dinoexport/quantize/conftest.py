@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dinoexport.graph.deploy_model import DeployModel
+from dinoexport.passes.sequence import build_deploy_model
 from dinoexport.quantize.calibration import Calibration, CalibrationSet
 from dinoexport.quantize.collect import calibrate
 from dinoexport.quantize.pictures import read_calibration_set
@@ -36,7 +37,7 @@ def pictures() -> CalibrationSet:
 
 @pytest.fixture(scope="session")
 def _deployed(tiny_checkpoint: Path) -> DeployModel:
-    return DeployModel(load_checkpoint(tiny_checkpoint)[0])
+    return build_deploy_model(load_checkpoint(tiny_checkpoint)[0])
 
 
 @pytest.fixture

@@ -117,6 +117,10 @@ class Task(ABC):
     budgets: dict[str, float]
     """Largest error per precision that parity accepts, in ``error_unit``."""
     error_unit: str
+    drop_option: str
+    """Option of ``build --precision auto`` that bounds ``drop``, such as ``max-error-mm``."""
+    drop_unit: str
+    """Unit of ``drop``."""
     presets: "Mapping[str, Mapping[str, Any]]" = {}  # noqa: RUF012
     """Recipes by name, {name: {field of ``TrainConfig``: value}}."""
 
@@ -223,6 +227,22 @@ class Task(ABC):
         Both are float64, finite and of one shape, the samples first.
         """
         return float(abs(actual - expected).max())
+
+    @abstractmethod
+    def drop(
+        self,
+        expected: "Predictions",
+        actual: "Predictions",
+        true: "np.ndarray | None" = None,
+    ) -> float:
+        """Return what users lose by a smaller artifact, in ``drop_unit``; never below zero.
+
+        Args:
+            expected: named outputs of the model in float32, samples first.
+            actual: of the artifact.
+            true: what ``truth`` gives for these samples, where they are labelled; without it the
+                float32 outputs are taken for the truth.
+        """
 
     @abstractmethod
     def synthesise(

@@ -44,6 +44,8 @@ class ClassifyTask(Task):
     labels = ("class",)
     presets = PRESETS
     heads = ("mlp", "linear", "probe", "ensemble", "query")
+    drop_option = "max-top1-drop"
+    drop_unit = "of pictures"
     budgets = {  # noqa: RUF012
         "fp32": 0.0001,
         "fp16": 0.02,
@@ -150,6 +152,19 @@ class ClassifyTask(Task):
         from dinotrain.data.synthetic.gazes import write_dataset
 
         return write_dataset(count, seed, out, progress)
+
+    def drop(
+        self,
+        expected: "Predictions",
+        actual: "Predictions",
+        true: "np.ndarray | None" = None,
+    ) -> float:
+        """Accuracy lost; without labels the share of pictures whose likeliest class changes."""
+        wanted, found = (p["probabilities"].argmax(axis=1) for p in (expected, actual))
+        if true is None:
+            return float((wanted != found).mean())
+        classes = true[:, 0]
+        return max(0.0, float((wanted == classes).mean() - (found == classes).mean()))
 
     def render_samples(
         self, count: int, image_size: tuple[int, int], seed: int | None = None

@@ -11,7 +11,7 @@ from onnx import ModelProto, NodeProto
 
 from dinoexport.errors import BundleError
 from dinoexport.targets.base import RunResult, Runtime, plain
-from dinoexport.targets.onnx.quantize import to_exact_precision_
+from dinoexport.targets.onnx.exact import to_exact_precision_
 
 
 def load(path: Path) -> ModelProto:
