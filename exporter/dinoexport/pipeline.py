@@ -223,6 +223,8 @@ def _build_one(
     log: Path,
 ) -> BuiltBundle:
     options = LowerOptions(plan.request.minimum_ios)
+    if notice := target.notice(plan.recipe, options):
+        reporter.say(notice)
     task = get_task(plan.config.task)
     bundle_name = plan.bundle_name(target.name)
     with staged(plan.request.out, bundle_name) as folder:
