@@ -2,6 +2,7 @@
 
 DinoError
 ├── BuildError                  a model that cannot be captured, lowered or quantised
+│   └── PassError               a pass that lacks what it requires, or failed
 ├── BundleError                 an artifact, a manifest or a package that is missing or corrupt
 │   └── TamperedError           a bundle whose files are not those that were verified
 └── ParityError                 an artifact that cannot be compared with its reference
@@ -13,6 +14,10 @@ from dinotrain.errors import DinoError
 
 class BuildError(DinoError):
     """A model that cannot be captured, lowered or quantised."""
+
+
+class PassError(BuildError):
+    """A pass that lacks what it requires, or failed; says which ones ran before it."""
 
 
 class BundleError(DinoError):

@@ -1,6 +1,7 @@
 """What a bundle or a checkpoint is, as plain values."""
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import msgspec
 from dinoexport.bundle import check_files, open_bundle
 from dinoexport.console import quiet
 from dinoexport.targets.table import get_target
-from dinotrain.errors import UsageError
+from dinotrain.errors import UsageError, unknown_name
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -31,6 +32,61 @@ def inspect_path(path: Path) -> dict[str, Any]:
         f"{path}: neither a bundle (a folder) nor a checkpoint (.safetensors). "
         "Give the folder that `dinoexport build` wrote, or what `dinoexport train` wrote."
     )
+
+
+def inspect_passes(path: Path, layout: str = "tokens") -> dict[str, Any]:
+    """Count the captured ATen operations of a checkpoint before and after each pass.
+
+    Args:
+        path: a checkpoint.
+        layout: whose passes.
+
+    Returns:
+        ``operations``, the last counts by name, most frequent first, and ``passes``: of each its
+        name, operations and parameters in all as [before, after], and ``changed``, the same of
+        each operation whose count it changes.
+
+    Raises:
+        DinoError: it is no checkpoint, or there is no such layout for it.
+    """
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise UsageError(f"{path}: --passes reads a checkpoint (.safetensors). Give such a file.")
+    from dinoexport.graph.capture import export
+    from dinoexport.graph.deploy_model import DeployModel
+    from dinoexport.passes.base import apply_passes
+    from dinoexport.passes.sequence import LAYOUTS, PASSES
+    from dinotrain.checkpoint import load_checkpoint
+
+    if layout not in LAYOUTS:
+        raise unknown_name("layout", layout, LAYOUTS)
+
+    def measure() -> tuple[Counter[str], int]:
+        with quiet(Path(os.devnull)):
+            program = export(model)
+        names = [str(node.target) for node in program.graph.nodes]
+        # What is left takes one result out of several.
+        counts = Counter(name.split(".")[1] for name in names if name.startswith("aten."))
+        return counts, sum(weight.numel() for weight in model.parameters())
+
+    model = DeployModel(load_checkpoint(path)[0])
+    counts, size = measure()
+    steps = []
+    for step in (*PASSES, *LAYOUTS[layout]):
+        apply_passes(model, [step])
+        (old, old_size), (counts, size) = (counts, size), measure()
+        steps.append(
+            {
+                "name": step.name,
+                "operations": [old.total(), counts.total()],
+                "parameters": [old_size, size],
+                "changed": {
+                    name: [old[name], counts[name]]
+                    for name in sorted(old | counts)
+                    if old[name] != counts[name]
+                },
+            }
+        )
+    return {"checkpoint": str(path), "passes": steps, "operations": dict(counts.most_common())}
 
 
 def _inspect_bundle(path: Path) -> dict[str, Any]:

@@ -63,10 +63,13 @@ class OutputParity(_Frozen, frozen=True, kw_only=True):
 
 
 class TapParity(_Frozen, frozen=True, kw_only=True):
-    """One tap: SQNR in exact arithmetic with the shipped weights, and as the artifact runs."""
+    """One tap: SQNR in exact arithmetic with the shipped weights, and as the artifact runs; and
+    the least cosine of a sample as it runs.
+    """
 
     structure_db: float
     precision_db: float
+    cosine: float
 
 
 class Structure(_Frozen, frozen=True, kw_only=True):
@@ -78,6 +81,15 @@ class Structure(_Frozen, frozen=True, kw_only=True):
     worst_db: float
     gelu: tuple[str, ...]
     epsilons: tuple[float, ...] = ()
+    passed: bool
+
+
+class Similarity(_Frozen, frozen=True, kw_only=True):
+    """The gate of quantised recipes: every tap as the artifact runs, against float32 PyTorch."""
+
+    threshold: float
+    worst_tap: str
+    worst_cosine: float
     passed: bool
 
 
@@ -101,6 +113,16 @@ class ReferenceRecord(_Frozen, frozen=True, kw_only=True):
     checkpoint_sha256: str
 
 
+class CalibrationSummary(_Frozen, frozen=True, kw_only=True):
+    """Which pictures ranges of activations come from; ``calibration.json`` has the ranges."""
+
+    source: str
+    count: int
+    seed: int
+    sha256: str
+    observer: str
+
+
 class Verdict(_Frozen, frozen=True, kw_only=True):
     """The result of parity; ``passed`` is true only if every gate passed."""
 
@@ -109,6 +131,7 @@ class Verdict(_Frozen, frozen=True, kw_only=True):
     reference: ReferenceRecord
     outputs: dict[str, OutputParity]
     structure: Structure
+    similarity: Similarity | None = None
     taps: dict[str, TapParity]
     blame: Blame | None = None
 
@@ -121,6 +144,7 @@ class Manifest(_Frozen, frozen=True, kw_only=True):
     task: str
     target: str
     precision: str
+    calibration: CalibrationSummary | None = None
     artifact: str
     minimum_os: str
     inputs: tuple[InputSpec, ...]

@@ -27,12 +27,25 @@ from dinoexport.errors import BuildError, ParityError
 from dinoexport.graph.capture import CapturedProgram, capture_deploy
 from dinoexport.graph.deploy_model import DeployModel
 from dinoexport.manifest import (
+    CalibrationSummary,
     CheckpointRecord,
     Manifest,
     Verdict,
     describe_inputs,
     describe_preprocessing,
 )
+from dinoexport.passes.base import apply_passes
+from dinoexport.passes.guard_norms import GuardNorms, large_norms
+from dinoexport.passes.sequence import LAYOUTS, build_deploy_model
+from dinoexport.quantize.calibration import (
+    Calibration,
+    CalibrationSet,
+    record_calibration,
+    write_record,
+)
+from dinoexport.quantize.collect import calibrate
+from dinoexport.quantize.observers import DEFAULT_OBSERVER, get_observer
+from dinoexport.quantize.pictures import DEFAULT_COUNT, pixel_digest, read_calibration_set
 from dinoexport.quantize.prepare import prepare_
 from dinoexport.recipes import Recipe, parse_recipe
 from dinoexport.report import render_report
@@ -44,12 +57,14 @@ from dinoexport.verify.reference import (
     encode_reference,
     load_reference,
     make_reference,
+    pick_device,
     with_deployed,
     with_deployed_of,
 )
+from dinotrain.backbones.vit import ViTConfig
 from dinotrain.checkpoint import CheckpointConfig, load_checkpoint, read_config
 from dinotrain.digests import digest
-from dinotrain.errors import CheckpointError, DinoError, UsageError
+from dinotrain.errors import CheckpointError, DinoError, UsageError, unknown_name
 from dinotrain.model import TaskModel
 from dinotrain.tasks import get_task
 
@@ -68,6 +83,23 @@ _TOOLS = (
 
 
 @dataclass(frozen=True)
+class CalibrationRequest:
+    """What to calibrate on, and how; looked at only where a recipe wants calibration.
+
+    Attributes:
+        path: see ``read_calibration_set``; None renders pictures.
+        count: of samples.
+        seed: of their choice.
+        observer: by name.
+    """
+
+    path: Path | None = None
+    count: int = DEFAULT_COUNT
+    seed: int = 0
+    observer: str = DEFAULT_OBSERVER
+
+
+@dataclass(frozen=True)
 class BuildRequest:
     """One ``build`` command."""
 
@@ -78,6 +110,8 @@ class BuildRequest:
     precision: str = "fp16"
     image_size: tuple[int, int] | None = None
     minimum_ios: int = 17
+    layout: str = "tokens"
+    calibration: CalibrationRequest = CalibrationRequest()
 
 
 @dataclass(frozen=True)
@@ -129,6 +163,7 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     get_task(request.task)
     targets = expand_targets(request.target)
     recipe = parse_recipe(request.precision)
+    get_observer(request.calibration.observer)
     for name in targets:
         get_target(name).check(recipe)
     path = request.checkpoint or embedded_checkpoint(request.task)
@@ -140,8 +175,20 @@ def plan_build(request: BuildRequest) -> BuildPlan:
         )
     config = _resize(config, request.image_size, path)
     size = "x".join(map(str, dict.fromkeys(config.image_size)))
+    _check_layout(request.layout, config, path)
     name = f"{config.task}-{_short(config.backbone.name)}-{size}-{recipe.name}"
+    name += "" if request.layout == "tokens" else f"-{request.layout}"
     return BuildPlan(request, path, config, recipe, name, tuple(targets))
+
+
+def _check_layout(layout: str, config: CheckpointConfig, path: Path) -> None:
+    if layout not in LAYOUTS:
+        raise unknown_name("layout", layout, LAYOUTS)
+    if layout != "tokens" and not isinstance(config.backbone, ViTConfig):
+        raise UsageError(
+            f"--layout {layout} is one of tokens, and {path.name} has a convolutional backbone, "
+            f"{config.backbone.name}, which has none. Use --layout tokens."
+        )
 
 
 def _short(backbone: str) -> str:
@@ -180,6 +227,24 @@ def load_model(plan: BuildPlan) -> TaskModel:
     return resized.eval().requires_grad_(False)
 
 
+def make_deploy_model(model: TaskModel, plan: BuildPlan, reference: Reference) -> DeployModel:
+    """Return the deploy model of a build: all passes, then those that the recipe and the layout ask
+    for.
+
+    Args:
+        model: trained, eval mode, on the CPU.
+        plan: says recipe and layout.
+        reference: its inputs show which LayerNorms half precision needs guarded.
+    """
+    deploy = build_deploy_model(model)
+    if plan.recipe.base.name != "fp32":
+        device = pick_device()
+        samples = (reference.pixels(index, device) for index in range(reference.samples))
+        names = large_norms(deploy.to(device), samples)
+        apply_passes(deploy.to("cpu"), [GuardNorms(names)])
+    return apply_passes(deploy, LAYOUTS[plan.request.layout])
+
+
 def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
     """Build, verify and put in place one bundle per target.
 
@@ -197,21 +262,64 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
         _check_space(model, request.out)
         with reporter.step("reference (PyTorch float32)"):
             reference = make_reference(model, sha256)
-            deploy = DeployModel(model)
+            deploy = make_deploy_model(model, plan, reference)
         # What follows needs the deploy model alone, and large models fill the memory.
         del model
-        with reporter.step(f"quantise to {plan.recipe.name}"):
-            layers = prepare_(deploy, plan.recipe)
+        calibration = _calibrate(plan, deploy, reference, reporter)
+        with reporter.step(f"prepare for {plan.recipe.name}"):
+            layers = prepare_(deploy, plan.recipe, calibration)
             reference = with_deployed(reference, plan.recipe.name, deploy)
         with reporter.step("capture"), quiet(log):
             program = capture_deploy(deploy, plan.recipe, layers)
         del deploy
         return BuildResult(
             tuple(
-                _build_one(plan, get_target(name), program, reference, reporter, log)
+                _build_one(plan, get_target(name), program, reference, calibration, reporter, log)
                 for name in plan.targets
             )
         )
+
+
+def _calibrate(
+    plan: BuildPlan, deploy: DeployModel, reference: Reference, reporter: Reporter
+) -> Calibration | None:
+    """Run the deploy model on calibration pictures, where the recipe wants that."""
+    if not plan.recipe.calibrated:
+        return None
+    pictures = read_pictures(plan, reference)
+    with reporter.step(f"calibrate on {pictures.source}") as step:
+        observer = get_observer(plan.request.calibration.observer)
+        return calibrate(deploy, pictures, observer, step.update)
+
+
+def read_pictures(plan: BuildPlan, reference: Reference) -> CalibrationSet:
+    """Read the pictures to calibrate on, none of which is a parity sample.
+
+    Raises:
+        DinoError: they cannot be used.
+    """
+    asked = plan.request.calibration
+    return read_calibration_set(
+        get_task(plan.config.task),
+        plan.config.image_size,
+        asked.path,
+        count=asked.count,
+        seed=asked.seed,
+        barred={pixel_digest(image) for images in reference.inputs.values() for image in images},
+    )
+
+
+def _summarise(calibration: Calibration | None) -> CalibrationSummary | None:
+    if calibration is None:
+        return None
+    pictures = calibration.pictures
+    return CalibrationSummary(
+        source=pictures.source,
+        count=len(pictures.samples),
+        seed=pictures.seed,
+        sha256=pictures.sha256,
+        observer=calibration.observer.name,
+    )
 
 
 def _build_one(
@@ -219,6 +327,7 @@ def _build_one(
     target: Target,
     program: CapturedProgram,
     reference: Reference,
+    calibration: Calibration | None,
     reporter: Reporter,
     log: Path,
 ) -> BuiltBundle:
@@ -238,11 +347,14 @@ def _build_one(
                 target, artifact, taps, plan.recipe, reference, task, step.update
             )
         (folder / REFERENCE).write_bytes(encode_reference(reference))
+        if calibration is not None:
+            write_record(folder, record_calibration(calibration, plan.recipe.name, program.layers))
         manifest = Manifest(
             name=plan.name,
             task=task.name,
             target=target.name,
             precision=plan.recipe.name,
+            calibration=_summarise(calibration),
             artifact=artifact.name,
             minimum_os=target.minimum_os(plan.recipe, options),
             inputs=tuple(describe_inputs(task, plan.config.image_size, target.image_input)),
@@ -394,7 +506,7 @@ def write_reference(plan: BuildPlan, out: Path, reporter: Reporter) -> Reference
     with reporter.step("reference (PyTorch float32)"):
         reference = make_reference(model, digest(plan.checkpoint))
         # Weights of this recipe are rounded alike everywhere; others come from the bundle.
-        deploy = DeployModel(model)
+        deploy = build_deploy_model(model)
         prepare_(deploy, parse_recipe("fp16"))
         reference = with_deployed(reference, "fp16", deploy)
     partial = out.with_name(f".{out.name}.part")

@@ -4,6 +4,7 @@ command line, in file names and in manifests.
     w8a8                              int8 weights, int8 activations
     w8a8:blocks.5.mlp=fp16            …but the MLP of block 5 in half precision
     w8a8:smooth,blocks.*.mlp.fc2=w8   …smoothed, and every fc2 with float activations
+    w8:blocks.2+5.attn=fp16           …the attention of blocks 2 and 5 in half precision
 """
 
 import re
@@ -113,12 +114,12 @@ PRECISIONS: dict[str, Precision] = {
 
 MODIFIERS = {
     "smooth": "move outliers of activations into weights (SmoothQuant)",
-    "bias": "correct the mean error of each layer in its bias",
     "outliers": "keep the input channels that reach farthest in half precision",
+    "bias": "correct the mean error of each layer in its bias",
 }
-"""What may stand behind a colon besides layers."""
+"""What may stand behind a colon besides layers, in the order in which it is done."""
 
-_PATTERN = re.compile(r"[a-z0-9_*]+(\.[a-z0-9_*]+)*")
+_PATTERN = re.compile(r"[a-z0-9_*+]+(\.[a-z0-9_*+]+)*")
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class Recipe:
         Args:
             layers: names, such as ``blocks.5.mlp.fc1``. A pattern fits a layer whose first parts
                 it fits: ``blocks.5.mlp`` is ``blocks.5.mlp.fc1`` and ``blocks.5.mlp.fc2``;
-                ``*`` stands for anything within a part.
+                ``*`` stands for anything within a part, ``2+5`` for one of several.
 
         Raises:
             UsageError: a pattern fits no layer.
@@ -248,7 +249,10 @@ def _precision(name: str) -> Precision:
 
 def _fits(pattern: str, layer: str) -> bool:
     wanted, parts = pattern.split("."), layer.split(".")
-    return len(wanted) <= len(parts) and all(map(fnmatchcase, parts, wanted))
+    return len(wanted) <= len(parts) and all(
+        any(fnmatchcase(part, choice) for choice in choices.split("+"))
+        for part, choices in zip(parts, wanted, strict=False)
+    )
 
 
 def _summary(names: list[str]) -> str:

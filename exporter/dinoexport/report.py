@@ -1,6 +1,18 @@
 """The report that stands beside an artifact: what it gives, how it was checked, and what with."""
 
-from dinoexport.manifest import Manifest
+from dinoexport.manifest import Manifest, Verdict
+
+
+def _similarity(verdict: Verdict) -> list[str]:
+    similarity = verdict.similarity
+    if similarity is None:
+        return []
+    return [
+        f"Similarity as shipped: least cosine {similarity.worst_cosine:g} at "
+        f"`{similarity.worst_tap}`, at least {similarity.threshold:g} wanted: "
+        f"{'pass' if similarity.passed else 'FAIL'}.",
+        "",
+    ]
 
 
 def render_report(manifest: Manifest) -> str:
@@ -38,13 +50,21 @@ def render_report(manifest: Manifest) -> str:
         f"`{structure.worst_tap}`, at least {structure.threshold_db:g} dB wanted: "
         f"{'pass' if structure.passed else 'FAIL'}.",
         "",
-        "| tap | structure dB | as shipped dB |",
-        "|---|---|---|",
+        *_similarity(verdict),
+        "| tap | structure dB | as shipped dB | cosine as shipped |",
+        "|---|---|---|---|",
     ]
     lines += [
-        f"| `{name}` | {tap.structure_db:g} | {tap.precision_db:g} |"
+        f"| `{name}` | {tap.structure_db:g} | {tap.precision_db:g} | {tap.cosine:g} |"
         for name, tap in verdict.taps.items()
     ]
+    if manifest.calibration:
+        chosen = manifest.calibration
+        lines += [
+            "",
+            f"Ranges of activations ({chosen.observer}): {chosen.count} samples, {chosen.source}, "
+            f"seed {chosen.seed}, pixels `{chosen.sha256}`; `calibration.json` has them.",
+        ]
     if verdict.blame:
         lines += ["", f"Blame: {verdict.blame.message}."]
     lines += [

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dinoexport.cli.app import Checkpoint, ImageSize, Json, TaskName, app
+from dinoexport.cli.app import Checkpoint, ImageSize, Json, Seed, TaskName, app
 from dinoexport.cli.output import (
     FAILED,
     check_file,
@@ -29,11 +29,27 @@ def build(
     minimum_ios: Annotated[
         int, typer.Option(min=16, max=18, help="Core ML only: 16, 17 or 18.")
     ] = 17,
+    layout: Annotated[
+        str,
+        typer.Option(help="tokens, or ane: columns and 1×1 convolutions, for the Neural Engine."),
+    ] = "tokens",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Labelled data of the task, a folder of pictures, or a .txt list of them, for "
+            "recipes with int8 or int16 activations; rendered pictures if left out."
+        ),
+    ] = None,
+    calibration_count: Annotated[int, typer.Option(help="Samples to calibrate on.")] = 64,
+    observer: Annotated[
+        str, typer.Option(help="How ranges are chosen: min-max, percentile, mse, entropy.")
+    ] = "min-max",
+    seed: Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built.")] = False,
     json: Json = False,
 ) -> None:
     """Turn a checkpoint into verified artifacts, one bundle per target."""
-    from dinoexport.pipeline import BuildRequest, plan_build
+    from dinoexport.pipeline import BuildRequest, CalibrationRequest, plan_build
     from dinoexport.pipeline import build as run_build
 
     request = BuildRequest(
@@ -44,6 +60,8 @@ def build(
         precision=precision,
         image_size=parse_size(image_size),
         minimum_ios=minimum_ios,
+        layout=layout,
+        calibration=CalibrationRequest(calibration, calibration_count, seed, observer),
     )
     plan = plan_build(request)
     check_folder(out)
@@ -172,6 +190,12 @@ def print_verdict(title: str, verdict: Any, size_bytes: int | None = None) -> No
         f"      structure     {structure.worst_db:g} dB at {structure.worst_tap}, "
         f"{structure.threshold_db:g} wanted{'' if structure.passed else '  FAIL'}"
     )
+    if verdict.similarity:
+        similarity = verdict.similarity
+        typer.echo(
+            f"      similarity    {similarity.worst_cosine:g} at {similarity.worst_tap}, "
+            f"{similarity.threshold:g} wanted{'' if similarity.passed else '  FAIL'}"
+        )
     typer.echo(f"      run by        {verdict.runtime}")
     typer.echo(f"      reference     {verdict.reference.device}")
     if verdict.blame:

@@ -56,16 +56,42 @@ def predict(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A bundle or a checkpoint.")],
+    passes: Annotated[
+        bool,
+        typer.Option("--passes", help="Of a checkpoint: operations before and after each pass."),
+    ] = False,
+    layout: Annotated[str, typer.Option(help="With --passes: tokens or ane.")] = "tokens",
     json: Json = False,
 ) -> None:
     """Say what a bundle or a checkpoint is: inputs, outputs, origin, metadata, operations."""
-    from dinoexport.inspection import inspect_path
+    from dinoexport.inspection import inspect_passes, inspect_path
 
+    if passes:
+        found = inspect_passes(path, layout)
+        if json:
+            print_json(found)
+        else:
+            _print_passes(found)
+        return
     facts = inspect_path(path)
     if json:
         print_json(facts)
         return
     _print_facts(facts, 0)
+
+
+def _print_passes(found: dict[str, Any]) -> None:
+    """Print one line per pass, and the operations that are left."""
+    width = max(len(step["name"]) for step in found["passes"])
+    for step in found["passes"]:
+        before, after = step["operations"]
+        texts = [f"{name} {old} → {new}" for name, (old, new) in step["changed"].items()]
+        if step["parameters"][0] != step["parameters"][1]:
+            old, new = (f"{count:,}" for count in step["parameters"])
+            texts.append(f"{old} → {new} parameters")
+        typer.echo(f"{step['name']:{width}} {before:5} → {after:<5} {', '.join(texts) or 'same'}")
+    left = ", ".join(f"{name} {count}" for name, count in found["operations"].items())
+    typer.echo(f"{'left':{width}} {left}")
 
 
 def _print_facts(facts: dict[str, Any], depth: int) -> None:

@@ -5,7 +5,7 @@ the same nodes; so a tap's node is known by name in the graph that ships.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from torch.export import ExportedProgram
 
 from dinoexport.errors import BuildError
 from dinoexport.graph.deploy_model import DeployModel
+from dinoexport.passes.base import Pass
+from dinoexport.passes.sequence import PASSES, build_deploy_model
 from dinoexport.quantize.layers import Layer, layer_name
 from dinoexport.quantize.prepare import prepare_
 from dinoexport.recipes import Recipe, parse_recipe
@@ -51,16 +53,19 @@ class CapturedProgram:
         return {name: torch.zeros(shape, dtype=torch.uint8) for name in self.input_names}
 
 
-def capture(model: TaskModel, recipe: str = "fp32") -> CapturedProgram:
+def capture(
+    model: TaskModel, recipe: str = "fp32", passes: Sequence[Pass] = PASSES
+) -> CapturedProgram:
     """Capture the deploy graph of a trained model with the numbers of a recipe, by its name.
 
     Raises:
         UsageError: no such recipe, or it names a layer that is not there.
         BuildError: the recipe wants calibration, or the graph with taps differs from the one
             without.
+        PassError: a pass cannot be applied.
     """
     parsed = parse_recipe(recipe)
-    deploy = DeployModel(model)
+    deploy = build_deploy_model(model, passes)
     return capture_deploy(deploy, parsed, prepare_(deploy, parsed))
 
 
@@ -77,9 +82,9 @@ def capture_deploy(
     Raises:
         BuildError: the graph with taps differs from the graph without.
     """
-    program = _export(deploy)
+    program = export(deploy)
     deploy.debug = True
-    debug_program = _export(deploy)
+    debug_program = export(deploy)
     deploy.debug = False
     nodes = [node.name for node in program.graph.nodes]
     if nodes != [node.name for node in debug_program.graph.nodes]:
@@ -119,7 +124,8 @@ def _place(program: ExportedProgram, layers: Mapping[str, Layer]) -> dict[str, L
     return placed
 
 
-def _export(model: nn.Module) -> ExportedProgram:
+def export(model: nn.Module) -> ExportedProgram:
+    """Capture a deploy model as it stands, without slices that take everything."""
     image = torch.zeros(1, 3, *model.image_size)  # type: ignore[misc]
     arguments = tuple(image.clone() for _ in model.input_names)  # type: ignore[union-attr]
     with torch.no_grad():

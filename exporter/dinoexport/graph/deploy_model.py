@@ -1,16 +1,18 @@
 """The module that is captured: pixels 0..255 in, named values in their units out.
 
-Built from a trained TaskModel: the backbone is replaced by its deploy form (``deploy_backbones``),
-and its taps are recorded on the way.
+A plain copy of a trained TaskModel at one image size, whose taps are recorded on the way; passes
+(``dinoexport.passes``) bring it to what ships.
 """
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from dinoexport.graph.deploy_backbones import deploy_backbone
-from dinoexport.graph.deploy_heads import fold_head_
+from dinoexport.graph.deploy_blocks import DeployBlock
+from dinoexport.passes.facts import TOKEN_ROWS
 from dinotrain.model import TaskModel
 
 
@@ -20,7 +22,14 @@ class DeployModel(nn.Module):
     Args:
         model: trained, eval mode; copied, never changed.
         debug: also return every tap, in the order of ``tap_names``.
+
+    Attributes:
+        facts: what holds of it, as passes require and ensure it.
+        passes: names of those that were applied, in order.
     """
+
+    facts: frozenset[str] = frozenset({TOKEN_ROWS})
+    passes: tuple[str, ...] = ()
 
     def __init__(self, model: TaskModel, debug: bool = False) -> None:
         super().__init__()
@@ -31,9 +40,14 @@ class DeployModel(nn.Module):
         self.output_names = [output.name for output in model.task.outputs(model.config)]
         self.backbone = deploy_backbone(model)
         self.pool = copy.deepcopy(model.pool)
-        self.head = fold_head_(copy.deepcopy(model.head))
+        self.head: nn.Module = copy.deepcopy(model.head)
         self.decoder = copy.deepcopy(model.decoder)
         self.eval().requires_grad_(False)
+
+    @property
+    def blocks(self) -> list[DeployBlock]:
+        """A ViT's blocks; none of a ConvNet."""
+        return list(cast("list[DeployBlock]", getattr(self.backbone, "blocks", ())))
 
     @property
     def tap_names(self) -> list[str]:

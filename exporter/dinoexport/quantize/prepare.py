@@ -6,15 +6,20 @@ against.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from dinoexport.errors import BuildError
+from dinoexport.quantize.bias import mean_errors
 from dinoexport.quantize.calibration import Calibration
+from dinoexport.quantize.collect import calibrate
 from dinoexport.quantize.layers import Layer, Weighted, for_layer, weighted_layers
+from dinoexport.quantize.outliers import NORMAL, PART, SplitLinear, narrowed, split_outliers_
+from dinoexport.quantize.smoothing import smooth_
 from dinoexport.quantize.weights import store_weight
-from dinoexport.recipes import Precision, Recipe
+from dinoexport.recipes import PRECISIONS, Activations, Precision, Recipe
 
 
 def prepare_(
@@ -26,7 +31,8 @@ def prepare_(
     Args:
         model: a deploy model; eval mode, float32.
         recipe: what for.
-        calibration: of this model; needed where ``recipe.calibrated``.
+        calibration: of this model as it is; needed where ``recipe.calibrated``. Modifiers run the
+            model on its pictures again, with its observer.
 
     Returns:
         {layer name: how it ships}, in running order.
@@ -36,28 +42,42 @@ def prepare_(
         BuildError: the recipe wants calibration and there is none; nothing of the model can be
             quantised so; a weight does not fit into half precision.
     """
-    modules = weighted_layers(model)
-    assigned = recipe.assign(modules)
-    precisions = {name: for_layer(assigned[name], name, m) for name, m in modules.items()}
-    _check_applies(recipe, precisions)
+    precisions = assign_layers(model, recipe)
     if recipe.calibrated and calibration is None:
         raise BuildError(
             f"--precision {recipe.name} needs calibration: give pictures with --calibration."
         )
-    layers = {}
-    for name, precision in precisions.items():
-        layers[name] = _quantise_(name, modules[name], precision)
-        if calibration is not None and precision.calibrated:
-            statistics = calibration.layers[name]
-            layers[name] = dataclasses.replace(
-                layers[name],
-                input_range=statistics.input.range,
-                output_range=statistics.output.range,
-            )
+    if calibration is not None:
+        calibration = _modify_(model, recipe, calibration, precisions)
+    modules = weighted_layers(model)
+    precisions = {name: _precision_of(name, precisions) for name in modules}
+    layers = {
+        name: _with_ranges(_store(name, module, precisions[name]), module, model, calibration)
+        for name, module in modules.items()
+    }
+    if calibration is not None and "bias" in recipe.modifiers:
+        for name, error in mean_errors(model, layers, calibration.pictures).items():
+            modules[name].bias.sub_(error.to(modules[name].bias.device))  # type: ignore[union-attr]
+    for name, layer in layers.items():
+        _round_weight_(modules[name], layer)
     if recipe.base.name != "fp32":
         kept = {id(modules[n].weight) for n, p in precisions.items() if p.name != "fp16"}
         _round_rest_(model, kept)
     return layers
+
+
+def assign_layers(model: nn.Module, recipe: Recipe) -> dict[str, Precision]:
+    """Return what a recipe comes to for each layer of a model, in running order.
+
+    Raises:
+        UsageError: the recipe names a layer that is not there.
+        BuildError: it quantises activations, and the model has no layer for it.
+    """
+    modules = weighted_layers(model)
+    assigned = recipe.assign(modules)
+    precisions = {name: for_layer(assigned[name], name, m) for name, m in modules.items()}
+    _check_applies(recipe, precisions)
+    return precisions
 
 
 def _check_applies(recipe: Recipe, precisions: dict[str, Precision]) -> None:
@@ -71,19 +91,62 @@ def _check_applies(recipe: Recipe, precisions: dict[str, Precision]) -> None:
             )
 
 
-@torch.no_grad()
-def _quantise_(name: str, module: Weighted, precision: Precision) -> Layer:
+def _modify_(
+    model: nn.Module, recipe: Recipe, calibration: Calibration, precisions: Mapping[str, Precision]
+) -> Calibration:
+    """Apply what changes activations, and return a calibration of what is then there."""
+    if "smooth" in recipe.modifiers and smooth_(model, calibration, precisions):
+        calibration = calibrate(model, calibration.pictures, calibration.observer)
+    if "outliers" in recipe.modifiers and split_outliers_(model, calibration, precisions):
+        calibration = calibrate(model, calibration.pictures, calibration.observer)
+    return calibration
+
+
+def _precision_of(name: str, precisions: Mapping[str, Precision]) -> Precision:
+    """Return the precision of a layer, which a modifier may have made of another one."""
+    if PART in name:
+        return PRECISIONS["fp16"]
+    return precisions[name.removesuffix(NORMAL)]
+
+
+def _store(name: str, module: Weighted, precision: Precision) -> Layer:
+    """Quantise a layer's weights; the module keeps its own."""
     if precision.is_float:
-        if precision.name == "fp16":
-            module.weight.copy_(_half(f"{name}.weight", module.weight))
-            if module.bias is not None:
-                module.bias.copy_(_half(f"{name}.bias", module.bias))
         return Layer(name, precision)
     if not bool(module.weight.isfinite().all()):
         raise BuildError(f"{name} holds weights that are not finite. Train the model again.")
-    stored = store_weight(module.weight.detach().cpu().numpy(), precision)
-    module.weight.copy_(torch.from_numpy(stored.values()))
-    return Layer(name, precision, stored)
+    return Layer(name, precision, store_weight(module.weight.detach().cpu().numpy(), precision))
+
+
+def _with_ranges(
+    layer: Layer, module: Weighted, model: nn.Module, calibration: Calibration | None
+) -> Layer:
+    """Add the ranges that a calibrated precision clips to."""
+    if calibration is None or not layer.precision.calibrated:
+        return layer
+    seen = calibration.layers[layer.name]
+    reads, gives = seen.input.range, seen.output.range
+    if layer.precision.activations is Activations.INT16:
+        # Clipping is chosen for 8 bits; at 16 there are steps enough for everything.
+        reads, gives = (-seen.input.peak, seen.input.peak), (-seen.output.peak, seen.output.peak)
+    whole = next(
+        (m for m in model.modules() if isinstance(m, SplitLinear) and m.normal is module), None
+    )
+    if whole is not None:
+        reads = narrowed(reads, seen.input, whole.channels)
+    return dataclasses.replace(layer, input_range=reads, output_range=gives)
+
+
+@torch.no_grad()
+def _round_weight_(module: Weighted, layer: Layer) -> None:
+    if layer.stored is not None:
+        module.weight.copy_(torch.from_numpy(layer.stored.values()))
+        return
+    if layer.precision.name != "fp16":
+        return
+    module.weight.copy_(_half(f"{layer.name}.weight", module.weight))
+    if module.bias is not None:
+        module.bias.copy_(_half(f"{layer.name}.bias", module.bias))
 
 
 @torch.no_grad()

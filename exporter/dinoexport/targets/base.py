@@ -54,6 +54,8 @@ class Target(ABC):
     suffix: str
     supports: Mapping[str, str]
     """Precisions that can be built, {name: where it runs and where it pays}."""
+    timed_here: bool = True
+    """True where this machine runs artifacts by the runtime that apps use."""
     image_input: bool = False
     """True where the natural input is an image type rather than an NHWC tensor."""
 

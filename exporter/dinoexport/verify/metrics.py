@@ -1,4 +1,4 @@
-"""Figures of parity: signal-to-quantisation-noise ratio and largest error."""
+"""Figures of parity: signal-to-quantisation-noise ratio, cosine and largest error."""
 
 from collections.abc import Callable
 
@@ -24,6 +24,18 @@ def sqnr_db(reference: np.ndarray, actual: np.ndarray) -> float:
     if signal == 0:
         return -MAX_DB
     return float(np.clip(10 * np.log10(signal / noise), -MAX_DB, MAX_DB))
+
+
+def cosine(reference: np.ndarray, actual: np.ndarray) -> float:
+    """Cosine of the angle between two arrays as vectors; −1 where they cannot be compared."""
+    reference = np.asarray(reference, np.float64).reshape(-1)
+    actual = np.asarray(actual, np.float64).reshape(-1)
+    if not _comparable(reference, actual):
+        return -1.0
+    if np.array_equal(reference, actual):
+        return 1.0
+    length = float(np.linalg.norm(reference) * np.linalg.norm(actual))
+    return float(np.clip(reference @ actual / length, -1, 1)) if length else -1.0
 
 
 def largest_difference(reference: np.ndarray, actual: np.ndarray) -> float:

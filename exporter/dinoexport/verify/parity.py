@@ -15,20 +15,24 @@ from dinoexport.manifest import (
     Blame,
     OutputParity,
     ReferenceRecord,
+    Similarity,
     Structure,
     TapParity,
     Verdict,
 )
 from dinoexport.recipes import Recipe, parse_recipe
 from dinoexport.targets.base import Runtime, Target
-from dinoexport.verify.blame import blame_outputs, blame_structure
-from dinoexport.verify.metrics import max_error, sqnr_db
+from dinoexport.verify.blame import blame_outputs, blame_similarity, blame_structure
+from dinoexport.verify.metrics import cosine, max_error, sqnr_db
 from dinoexport.verify.reference import Norm, Reference, Values
 from dinotrain.tasks.base import Task
 
 STRUCTURE_DB = 110.0
 """Clean builds measure 120 to 150 dB in exact arithmetic, planted faults at most 96 (FINDINGS; the
 tests plant them anew)."""
+
+LEAST_COSINE = {8: 0.98, 6: 0.95, 4: 0.9}
+"""By the bits of the coarsest weights, at every tap and for every sample."""
 
 EPSILON_TOLERANCE = 1e-3
 """Relative. A stored epsilon is rounded once, to float32 (6e-8) or as the reference is."""
@@ -77,6 +81,7 @@ def verify_artifact(
         name: TapParity(
             structure_db=round(sqnr_db(wanted.taps[name], exact.taps[name]), 1),
             precision_db=round(sqnr_db(reference.exact.taps[name], precise.taps[name]), 1),
+            cosine=round(least_cosine(reference.exact.taps[name], precise.taps[name]), 5),
         )
         for name in taps
     }
@@ -96,11 +101,14 @@ def verify_artifact(
         and set(forms) <= {"exact"}
         and not wrong_norms,
     )
+    similarity = judge_similarity(tap_parity, recipe)
     blame: Blame | None = None
     if not structure.passed:
         blame = blame_structure(tap_parity, structural, STRUCTURE_DB, forms, wrong_norms)
     elif not all(output.passed for output in outputs.values()):
-        blame = blame_outputs(tap_parity, outputs)
+        blame = blame_outputs(tap_parity, outputs, recipe)
+    elif similarity and not similarity.passed:
+        blame = blame_similarity(tap_parity, similarity, recipe)
     return Verdict(
         passed=blame is None,
         runtime=shipped.name,
@@ -112,8 +120,33 @@ def verify_artifact(
         ),
         outputs=outputs,
         structure=structure,
+        similarity=similarity,
         taps=tap_parity,
         blame=blame,
+    )
+
+
+def least_cosine(reference: np.ndarray, actual: np.ndarray) -> float:
+    """Return the cosine of the sample that is farthest off; arrays are (samples, K)."""
+    if reference.shape != actual.shape:
+        return -1.0
+    return min(cosine(a, b) for a, b in zip(reference, actual, strict=True))
+
+
+def judge_similarity(taps: Mapping[str, TapParity], recipe: Recipe) -> Similarity | None:
+    """Judge the taps of a quantised recipe by their angles; nothing at fp32 and fp16.
+
+    Integers differ from processor to processor element by element (FINDINGS), and angles do not.
+    """
+    if recipe.is_float:
+        return None
+    threshold = LEAST_COSINE[min(precision.bits for precision in recipe.precisions)]
+    worst = min(taps, key=lambda name: taps[name].cosine)
+    return Similarity(
+        threshold=threshold,
+        worst_tap=worst,
+        worst_cosine=taps[worst].cosine,
+        passed=taps[worst].cosine >= threshold,
     )
 
 

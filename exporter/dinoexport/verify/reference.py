@@ -9,6 +9,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from dinoexport.errors import ParityError
 from dinoexport.graph.deploy_model import HEAD_TAP, DeployModel
+from dinoexport.passes.sequence import build_deploy_model
 from dinoexport.recipes import Recipe
 from dinoexport.verify.metrics import max_error, sqnr_db
 from dinoexport.verify.samples import parity_samples
@@ -91,6 +93,10 @@ class Reference:
         """Inputs of one sample, {input: (H, W, 3) uint8}."""
         return {name: images[index] for name, images in self.inputs.items()}
 
+    def pixels(self, index: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Inputs of one sample as models take them: (1, 3, H, W) float32 of 0..255 each."""
+        return tuple(_pixels(image).to(device) for image in self.sample(index).values())
+
     def norms(self, recipe: Recipe) -> list[Norm]:
         """Every such norm in running order, its epsilon rounded as a recipe has it."""
         if recipe.base.name == "fp32":
@@ -116,9 +122,22 @@ class Reference:
     def sketch(self, taps: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Take the recorded elements of each tap, flat."""
         return {
-            name: np.asarray(value, np.float32).reshape(-1)[self.positions[name]]
+            name: np.asarray(as_rows(name, value), np.float32).reshape(-1)[self.positions[name]]
             for name, value in taps.items()
         }
+
+
+def as_rows(tap: str, value: Any) -> Any:
+    """Return a ViT's tap as rows, whichever layout it is computed in; others as they are.
+
+    The reference has rows, so that one serves builds of both layouts.
+
+    Args:
+        tap: its name.
+        value: array or tensor, (B, T, D) or (B, D, 1, T).
+    """
+    of_tokens = tap == "tokens" or tap.startswith("blocks.")
+    return value[:, :, 0].swapaxes(1, 2) if of_tokens and value.ndim == 4 else value
 
 
 def pick_device() -> torch.device:
@@ -148,9 +167,11 @@ def make_reference(
     inputs = {name: np.stack([sample[name] for sample in samples]) for name in names}
     with _exact_arithmetic():
         model = model.to(device)
-        deploy = DeployModel(model).to(device)
+        deploy = build_deploy_model(model).to(device)
         positions = _positions(deploy, device)
-        exact = _run_all(lambda pixels: _run_training(model, pixels), inputs, positions, device)
+        exact = _run_all(
+            lambda pixels: _run_training(model, pixels, deploy), inputs, positions, device
+        )
         _check_finite(exact)
         norms = _norms(deploy, device)
         deployed = {"fp32": _run_all(deploy.run, inputs, positions, device)}
@@ -237,13 +258,18 @@ def _describe(device: torch.device) -> str:
 
 
 def _run_training(
-    model: TaskModel, pixels: tuple[Tensor, ...]
+    model: TaskModel, pixels: tuple[Tensor, ...], deploy: DeployModel
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Outputs of the training model, and its taps computed along the same blocks."""
+    """Outputs of the training model, and its taps computed along the same blocks: of each block
+    the tokens that the deploy graph computes.
+    """
     outputs = model(dict(zip([i.name for i in model.task.inputs], pixels, strict=True)))
     stacked = torch.cat(pixels)
     pool, backbone = model.pool, model.backbone
     taps = dict(backbone.trace(model.normalise(stacked), pool.deepest))
+    for index, block in enumerate(deploy.blocks):
+        for name in (f"blocks.{index}.attn", f"blocks.{index}.mlp"):
+            taps[name] = taps[name][:, : block.rows]
     features = model.extract(stacked)
     if pool.gives_vector:
         taps[HEAD_TAP[True]] = pool(features)
@@ -254,19 +280,20 @@ def _run_training(
     return outputs, taps
 
 
+def _pixels(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1)[None].float()
+
+
 def _run_all(run, inputs: dict[str, np.ndarray], positions, device: torch.device) -> Values:
     outputs: dict[str, list[np.ndarray]] = {}
     taps: dict[str, list[np.ndarray]] = {}
     for index in range(len(next(iter(inputs.values())))):
-        pixels = tuple(
-            torch.from_numpy(images[index]).to(device).permute(2, 0, 1)[None].float()
-            for images in inputs.values()
-        )
+        pixels = tuple(_pixels(images[index]).to(device) for images in inputs.values())
         got, inner = run(pixels)
         for name, value in got.items():
             outputs.setdefault(name, []).append(value[0].cpu().numpy())
         for name, value in inner.items():
-            flat = value.reshape(-1).cpu().numpy()
+            flat = as_rows(name, value).reshape(-1).cpu().numpy()
             taps.setdefault(name, []).append(flat[positions[name]])
     return Values(
         {name: np.stack(values).astype(np.float32) for name, values in outputs.items()},

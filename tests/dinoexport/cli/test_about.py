@@ -3,7 +3,9 @@
 import pytest
 
 from dinoexport.embedded import EMBEDDED
+from dinoexport.recipes import MODIFIERS, PRECISIONS
 from dinoexport.targets.table import TABLE as TARGETS
+from dinoexport.targets.table import get_target
 from dinotrain.backbones.convnets.config import CONVNETS
 from dinotrain.backbones.vit import VARIANTS
 from dinotrain.tasks import TABLE as TASKS
@@ -28,10 +30,30 @@ def test_list_names_everything(run) -> None:
     assert facts["tasks"].keys() == TASKS.keys()
     assert facts["targets"].keys() == TARGETS.keys()
     assert facts["backbones"].keys() == {"embedded", *VARIANTS, *CONVNETS}
+    assert facts["recipes"].keys() == PRECISIONS.keys()
     text = run("list").out
     for entries in facts.values():
         for name in entries:
             assert name in text
+
+
+def test_list_says_where_a_recipe_runs(run) -> None:
+    table = run("list", "recipes", "--json").json
+    assert table.keys() == PRECISIONS.keys()
+    for name, row in table.items():
+        for target in TARGETS:
+            assert (row[target] == "-") == (name not in get_target(target).supports)
+    text = run("list", "recipes").out
+    assert "w8a8:blocks.5.mlp=fp16" in text
+    for modifier in MODIFIERS:
+        assert f"RECIPE:{modifier}" in text
+
+
+def test_list_of_one_kind(run) -> None:
+    assert run("list", "targets", "--json").json.keys() == {"targets"}
+    refused = run("list", "target")
+    assert refused.status == 2
+    assert "Did you mean 'targets'?" in refused.err
 
 
 def test_doctor(run) -> None:

@@ -146,6 +146,50 @@ def test_inspect_a_checkpoint(run, tiny_checkpoint) -> None:
     assert "notice: Random weights." in text
 
 
+def test_inspect_passes(run, tiny_checkpoint) -> None:
+    """One of the commands writes JSON, the other lines: both cost a dozen captures."""
+    found = run("inspect", tiny_checkpoint, "--passes", "--json").json
+    steps = {step["name"]: step for step in found["passes"]}
+    assert next(iter(steps)) == "cut_unread"
+    assert list(steps)[-1] == "fold_head"
+    # Two blocks, three layers for each one; two chunks are gone.
+    assert steps["split_qkv"]["changed"] == {"linear": [12, 16], "split": [2, 0]}
+    assert steps["fold_layer_scale"]["changed"] == {"mul": [15, 11]}
+    assert steps["write_out_attention"]["changed"]["scaled_dot_product_attention"] == [2, 0]
+    assert steps["cut_last_block"]["changed"] == {}
+    before, after = zip(*(step["operations"] for step in found["passes"]), strict=True)
+    assert before[1:] == after[:-1]
+    assert after[-1] == sum(found["operations"].values())
+    for step in steps.values():
+        change = step["operations"][1] - step["operations"][0]
+        assert change == sum(new - old for old, new in step["changed"].values())
+
+
+def test_inspect_passes_in_lines(run, tiny_checkpoint, monkeypatch) -> None:
+    from dinoexport.passes import sequence
+
+    monkeypatch.setattr(sequence, "PASSES", sequence.PASSES[1:3])
+    lines = run("inspect", tiny_checkpoint, "--passes").out.splitlines()
+    assert [line.split()[0] for line in lines] == ["fold_batch_norms", "fold_normalisation", "left"]
+    assert lines[0].endswith("same")
+    assert lines[1].endswith("div 2 → 0, sub 2 → 1")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--layout", "rows"], "unknown layout 'rows'. Known: ane, tokens."),
+        (["folder"], "--passes reads a checkpoint (.safetensors)"),
+    ],
+)
+def test_inspect_passes_of_something_else(
+    refused, tiny_checkpoint, tmp_path, options, says
+) -> None:
+    path = tmp_path if options == ["folder"] else tiny_checkpoint
+    more = [] if options == ["folder"] else options
+    assert says in refused("inspect", path, "--passes", *more)
+
+
 def test_inspect_obeys_no_escapes_from_a_file(run, tiny_checkpoint, tmp_path) -> None:
     import msgspec
 

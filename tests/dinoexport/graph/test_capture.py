@@ -15,11 +15,13 @@ from dinoexport.errors import BuildError
 from dinoexport.graph.capture import (
     CapturedProgram,
     _downstream,
-    _export,
     capture,
     capture_deploy,
+    export,
 )
 from dinoexport.graph.deploy_model import DeployModel
+from dinoexport.passes.base import apply_passes
+from dinoexport.passes.sequence import PASSES, build_deploy_model
 from dinoexport.quantize.prepare import prepare_
 from dinoexport.recipes import parse_recipe
 from dinotrain.backbones.vit import ViTConfig, swiglu_hidden_dim
@@ -65,7 +67,7 @@ def case(request, random_model) -> Case:
     """A captured program, and the deploy model that it must equal, with taps."""
     model = random_model(**VARIANTS[request.param])
     precision = PRECISIONS[request.param]
-    return capture(model, precision), rounded_(DeployModel(model, debug=True), precision)
+    return capture(model, precision), rounded_(build_deploy_model(model, debug=True), precision)
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +312,7 @@ def count_aliases(program: ExportedProgram) -> int:
 def test_aliases_inside_the_graph_are_removed():
     example = torch.arange(72.0).reshape(1, 3, 4, 6)
     raw = torch.export.export(Whole(), (example,)).run_decompositions({})
-    program = _export(Whole())
+    program = export(Whole())
     assert count_aliases(raw) >= 3, "nothing to remove: the test shows nothing"
     # One is an output itself, and its name is the output's.
     assert count_aliases(program) == 1
@@ -347,7 +349,7 @@ class OneLess(DeployModel):
 def test_graphs_that_differ_are_refused(random_model, fault: Callable):
     model = random_model(**VARIANTS["linear-scalar"])
     with pytest.raises(BuildError, match="the graph with taps differs") as caught:
-        capture_deploy(fault(model), parse_recipe("fp32"), {})
+        capture_deploy(apply_passes(fault(model), PASSES), parse_recipe("fp32"), {})
     assert "\n" not in str(caught.value)
 
 
@@ -367,7 +369,7 @@ def test_a_graph_without_decoder_is_refused(random_model):
     deploy = DeployModel(random_model(**VARIANTS["linear-scalar"]))
     decoder = deploy.decoder
     deploy.decoder = Flat(deploy.output_names)
-    program = _export(deploy)
+    program = export(deploy)
     names = _downstream(program, decoder)
     assert names, "the module at its place counts, whatever it is"
 
@@ -379,4 +381,4 @@ def test_a_graph_without_decoder_is_refused(random_model):
             return {name: pooled[:1, i] for i, name in enumerate(self.output_names)}, {}
 
     with pytest.raises(BuildError, match="no node of the decoder"):
-        _downstream(_export(Inline(random_model(**VARIANTS["linear-scalar"]))), decoder)
+        _downstream(export(Inline(random_model(**VARIANTS["linear-scalar"]))), decoder)

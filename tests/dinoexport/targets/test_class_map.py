@@ -24,7 +24,7 @@ from dinoexport.targets.coreml.evaluator import PackageEvaluator
 from dinoexport.targets.ports import check_outputs
 from dinoexport.targets.table import get_target
 from dinoexport.targets.tflite.lower import lower as lower_tflite
-from dinoexport.targets.tflite.quantize import store_half_precision
+from dinoexport.targets.tflite.quantize import store_layers
 from dinoexport.verify.metrics import sqnr_db
 from dinoexport.verify.parity import STRUCTURE_DB
 from dinotrain.decoders import ClassMapDecoder
@@ -139,7 +139,7 @@ def build(make: Callable[[], nn.Module], target: str, precision: str, folder: Pa
     if target == "tflite":
         # Without the second conversion that only locates taps.
         content = lower_tflite(program)
-        path.write_bytes(store_half_precision(content) if precision == "fp16" else content)
+        path.write_bytes(store_layers(content, program) if precision == "fp16" else content)
     else:
         get_target(target).lower(program, path, LowerOptions(), {"name": "t"})
     return Build(path, make(), stored, target)

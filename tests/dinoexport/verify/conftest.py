@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinoexport.graph.deploy_model import DeployModel
+from dinoexport.passes.sequence import build_deploy_model
 from dinoexport.quantize.prepare import prepare_
 from dinoexport.recipes import parse_recipe
 from dinoexport.verify.reference import Reference, make_reference, with_deployed
@@ -27,7 +27,7 @@ def make() -> Callable[[Path, torch.device], Reference]:
 
 def reference_of(checkpoint: Path, device: torch.device) -> Reference:
     model, _ = load_checkpoint(checkpoint)
-    deploy = DeployModel(model)
+    deploy = build_deploy_model(model)
     prepare_(deploy, parse_recipe("fp16"))
     made = make_reference(model, digest(checkpoint), device)
     return with_deployed(made, "fp16", deploy, device)

@@ -2,17 +2,28 @@
 
 import pytest
 
-from dinoexport.manifest import OutputParity, TapParity
-from dinoexport.verify.blame import NOTABLE_DROP_DB, blame_outputs, blame_structure
+from dinoexport.manifest import OutputParity, Similarity, TapParity
+from dinoexport.recipes import parse_recipe
+from dinoexport.verify.blame import (
+    NOTABLE_DROP_DB,
+    blame_outputs,
+    blame_similarity,
+    blame_structure,
+)
 
+FP16 = parse_recipe("fp16")
 NAMES = ("tokens", "blocks.0.attn", "blocks.0.mlp", "features")
 THRESHOLD = 110.0
 
 
-def taps(structure: tuple[float, ...] = (130,) * 4, precision: tuple[float, ...] = (65,) * 4):
+def taps(
+    structure: tuple[float, ...] = (130,) * 4,
+    precision: tuple[float, ...] = (65,) * 4,
+    cosines: tuple[float, ...] = (1,) * 4,
+):
     return {
-        name: TapParity(structure_db=s, precision_db=p)
-        for name, s, p in zip(NAMES, structure, precision, strict=True)
+        name: TapParity(structure_db=s, precision_db=p, cosine=c)
+        for name, s, p, c in zip(NAMES, structure, precision, cosines, strict=True)
     }
 
 
@@ -89,7 +100,7 @@ def test_the_head_when_all_taps_hold() -> None:
 
 def test_precision_is_lost_where_the_drop_is_largest() -> None:
     # From the input to the first tap there is no drop: the input has no figure.
-    blame = blame_outputs(taps(precision=(75, 70, 40, 38)), GOOD)
+    blame = blame_outputs(taps(precision=(75, 70, 40, 38)), GOOD, FP16)
     assert (blame.gate, blame.layer) == ("precision", "blocks.0.mlp")
     assert (blame.previous_layer, blame.previous_db, blame.sqnr_db) == ("blocks.0.attn", 70, 40)
     assert "from 70 to 40 dB" in blame.message
@@ -99,8 +110,30 @@ def test_precision_is_lost_where_the_drop_is_largest() -> None:
 def test_small_drops_are_no_reason() -> None:
     drop = NOTABLE_DROP_DB
     even = taps(precision=(75, 75 - drop, 75 - 2 * drop, 75 - 3 * drop))
-    blame = blame_outputs(even, {"lf_mm": output(0.05)})
+    blame = blame_outputs(even, {"lf_mm": output(0.05)}, FP16)
     assert (blame.gate, blame.layer) == ("precision", "head")
     assert "lf_mm is off by 0.05 mm where 0.02 is allowed" in blame.message
     steeper = taps(precision=(75, 75 - drop - 0.1, 60, 60))
-    assert blame_outputs(steeper, {"lf_mm": output(0.05)}).layer == "blocks.0.mlp"
+    assert blame_outputs(steeper, {"lf_mm": output(0.05)}, FP16).layer == "blocks.0.mlp"
+
+
+def test_a_quantised_recipe_is_told_which_layer_to_keep() -> None:
+    recipe = parse_recipe("w8a8:head=fp16")
+    blame = blame_outputs(taps(precision=(35, 34, 12, 11)), {"lf_mm": output(0.9)}, recipe)
+    assert blame.layer == "blocks.0.mlp"
+    assert "--precision w8a8:head=fp16,blocks.0.mlp=fp16" in blame.message
+    assert "--precision auto" in blame.message
+    even = blame_outputs(taps(), {"lf_mm": output(0.9)}, parse_recipe("w8"))
+    assert "--precision w8:head=fp16" in even.message
+
+
+def test_the_first_tap_that_turns_away_is_blamed() -> None:
+    similarity = Similarity(threshold=0.98, worst_tap="features", worst_cosine=0.2, passed=False)
+    turned = taps(cosines=(0.999, 0.97, 0.99, 0.2))
+    blame = blame_similarity(turned, similarity, parse_recipe("w8a8"))
+    assert (blame.gate, blame.layer) == ("similarity", "blocks.0.attn")
+    assert (blame.previous_layer, blame.sqnr_db) == ("tokens", 65)
+    assert "cosine 0.97, where 0.98 is wanted" in blame.message
+    assert "w8a8:blocks.0.attn=fp16" in blame.message
+    first = blame_similarity(taps(cosines=(0.5,) * 4), similarity, parse_recipe("w8a8"))
+    assert "w8a8:patch_embed=fp16" in first.message

@@ -5,7 +5,7 @@ Worst tap of the structural gate, in dB, tiny checkpoint (clean builds: see ``CL
 | fault                          | seen at         | worst dB | caught by            |
 |--------------------------------|-----------------|----------|----------------------|
 | none                           |                 | 118–133  |                      |
-| qkv of block 1 zero            | blocks.1.attn   | 9        | tap                  |
+| values of block 1 zero         | blocks.1.attn   | 9        | tap                  |
 | position rolled by one patch   | tokens          | 24       | tap                  |
 | registers swapped              | tokens          | 25       | tap                  |
 | mean and std of 0.5            | tokens          | 5        | tap                  |
@@ -40,9 +40,10 @@ from dinoexport.bundle import open_bundle, record_files, write_manifest
 from dinoexport.console import Reporter, quiet
 from dinoexport.errors import BundleError, ParityError
 from dinoexport.graph.capture import capture_deploy
-from dinoexport.graph.deploy_backbones import fold_normalisation_
 from dinoexport.graph.deploy_model import DeployModel
 from dinoexport.manifest import Verdict
+from dinoexport.passes.fold_normalisation import fold_normalisation_
+from dinoexport.passes.sequence import build_deploy_model
 from dinoexport.pipeline import BuildRequest, plan_build, verify_bundle, write_reference
 from dinoexport.quantize.prepare import prepare_
 from dinoexport.recipes import parse_recipe
@@ -74,8 +75,8 @@ class Fault:
 # --- faults of the weights: their bytes are replaced in the artifact -----------------------------
 
 
-def zero_qkv(deploy: DeployModel) -> None:
-    deploy.backbone.blocks[1].attn.qkv.weight.zero_()
+def zero_values(deploy: DeployModel) -> None:
+    deploy.backbone.blocks[1].attn.v.weight.zero_()
 
 
 def roll_position(deploy: DeployModel) -> None:
@@ -123,7 +124,7 @@ def scale_head(deploy: DeployModel) -> None:
 
 
 WEIGHT_FAULTS = (
-    Fault("zero-qkv", "blocks.1.attn", zero_qkv),
+    Fault("zero-values", "blocks.1.attn", zero_values),
     Fault("rolled-position", "tokens", roll_position),
     Fault("swapped-registers", "tokens", swap_registers),
     Fault("wrong-mean-std", "tokens", wrong_normalisation),
@@ -235,7 +236,7 @@ def verdict_of(path: Path) -> Verdict:
 
 @torch.no_grad()
 def deploy_of(model: TaskModel, precision: str, plant: Plant) -> DeployModel:
-    deploy = DeployModel(model)
+    deploy = build_deploy_model(model)
     plant(deploy)
     prepare_(deploy, parse_recipe(precision))
     return deploy
@@ -480,7 +481,7 @@ def test_exit_status_tells_failure_from_refusal(bundle, model):
         shutil.copytree(passing, passing.with_name(name)) for name in ("changed", "unreadable")
     )
     clean = deploy_of(model, "fp16", lambda _: None)
-    patch_weights(weight_file(failing), clean, deploy_of(model, "fp16", zero_qkv))
+    patch_weights(weight_file(failing), clean, deploy_of(model, "fp16", zero_values))
     sign(failing)
     weight_file(changed).write_bytes(b"")
     (unreadable / "manifest.json").unlink()

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dinoexport.verify.metrics import MAX_DB, max_error, sqnr_db
+from dinoexport.verify.metrics import MAX_DB, cosine, max_error, sqnr_db
 
 BAD = 1e30
 
@@ -99,3 +99,19 @@ def test_types_are_mixed_safely() -> None:
     assert max_error(np.array([3], np.uint8), np.array([5], np.uint8)) == 2.0
     half = np.full(3, 300, np.float16)
     assert sqnr_db(half, half * np.float16(0.5)) == pytest.approx(6.0206, abs=1e-4)
+
+
+def test_cosines_found_by_hand() -> None:
+    east, north = np.array([2.0, 0.0]), np.array([0.0, 3.0])
+    assert cosine(east, north) == 0
+    assert cosine(east, east + 2 * north / 3) == pytest.approx(math.sqrt(0.5))
+    assert cosine(east, 5 * east) == 1
+    assert cosine(east, -east) == -1
+    # As vectors, whatever the shape.
+    assert cosine(np.eye(2), np.ones((2, 2))) == pytest.approx(math.sqrt(0.5))
+    assert cosine(np.zeros(3), np.zeros(3)) == 1
+
+
+@pytest.mark.parametrize("actual", [np.ones(3), np.array([1, np.nan]), np.zeros(2)])
+def test_what_cannot_be_compared_has_no_angle(actual: np.ndarray) -> None:
+    assert cosine(np.ones(2), actual) == -1

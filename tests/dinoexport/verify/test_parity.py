@@ -1,5 +1,6 @@
 """The verdict: an artifact that gives the reference's values passes, one fault anywhere fails."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,12 @@ from dinoexport.targets.base import RunResult, Runtime, Target
 from dinoexport.verify.metrics import MAX_DB
 from dinoexport.verify.parity import (
     EPSILON_TOLERANCE,
+    LEAST_COSINE,
     STRUCTURE_DB,
+    budget_of,
     compare_norms,
     judge_outputs,
+    judge_similarity,
     run_samples,
     verify_artifact,
 )
@@ -366,6 +370,73 @@ def test_values_of_all_samples_are_put_together(reference: Reference) -> None:
         assert np.array_equal(values.outputs[name], wanted)
     for name, wanted in reference.exact.taps.items():
         assert np.array_equal(values.taps[name], wanted)
+
+
+# --- quantised recipes ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quantised(reference: Reference) -> Callable[..., Verdict]:
+    """Verify a fake artifact of w8, whose numbers are those of fp16 here."""
+    whole = dataclasses.replace(
+        reference, deployed=reference.deployed | {"w8": reference.deployed["fp16"]}
+    )
+
+    def verify(**wrong) -> Verdict:
+        target = FakeTarget(whole, "w8", Plan(**wrong))
+        recipe = parse_recipe("w8")
+        return verify_artifact(target, Path("model.fake"), PLACES, recipe, whole, TASK)
+
+    return verify
+
+
+def test_quantised_recipes_are_judged_by_angles(quantised, verdict) -> None:
+    result = quantised()
+    assert result.passed
+    assert (result.similarity.worst_cosine, result.similarity.threshold) == (1, LEAST_COSINE[8])
+    assert verdict("fp16").similarity is None
+
+
+def test_a_tap_that_turns_away_fails_whatever_the_outputs_say(quantised) -> None:
+    """13 dB of noise is a cosine of 0.976, where 0.98 are wanted."""
+    result = quantised(precise_taps={"blocks.1.attn": at_db(13)})
+    assert not result.passed
+    assert not result.similarity.passed
+    assert all(output.passed for output in result.outputs.values())
+    assert (result.blame.gate, result.blame.layer) == ("similarity", "blocks.1.attn")
+    assert quantised(precise_taps={"blocks.1.attn": at_db(16)}).passed
+
+
+def test_one_sample_alone_fails(quantised) -> None:
+    def turn_one(value: np.ndarray) -> np.ndarray:
+        turn_one.count += 1
+        return -value if turn_one.count == 3 else value
+
+    turn_one.count = 0
+    assert not quantised(precise_taps={"blocks.0.mlp": turn_one}).passed
+
+
+def test_a_quantised_recipe_has_its_own_budget(quantised) -> None:
+    assert quantised(shipped={"lf_mm": add(0.9 * BUDGET["w8"])}).passed
+    failed = quantised(shipped={"lf_mm": add(1.1 * BUDGET["w8"])})
+    assert failed.blame.gate == "precision"
+    assert failed.outputs["lf_mm"].budget == BUDGET["w8"]
+
+
+def test_structure_is_judged_at_quantised_recipes_too(quantised) -> None:
+    failed = quantised(exact_taps={"blocks.0.attn": at_db(96)})
+    assert (failed.blame.gate, failed.blame.layer) == ("structure", "blocks.0.attn")
+
+
+def test_a_mixture_has_the_budget_of_its_coarsest_part() -> None:
+    recipe = parse_recipe("fp16:blocks.0=w4-block32,head=w8")
+    assert budget_of(TASK, recipe) == BUDGET["w4-block32"]
+    assert judge_similarity({}, parse_recipe("fp16")) is None
+
+
+def test_a_reference_without_the_recipe_says_so(reference: Reference) -> None:
+    with pytest.raises(ParityError, match="knows fp32, fp16, and w8 was built"):
+        reference.structural(parse_recipe("w8"))
 
 
 # --- outputs -------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dinoexport.errors import ParityError
-from dinoexport.graph import deploy_backbones
-from dinoexport.graph.deploy_model import DeployModel
+from dinoexport.passes import fold_layer_norms, fold_layer_scale, fold_normalisation
+from dinoexport.passes.sequence import build_deploy_model
 from dinoexport.recipes import parse_recipe
 from dinoexport.verify import reference as module
 from dinoexport.verify.metrics import max_error, sqnr_db
@@ -266,30 +266,33 @@ def mean_forgotten(conv: nn.Conv2d, mean: torch.Tensor, std: torch.Tensor) -> No
 
 def bias_forgotten(block: Any) -> None:
     block.norm1.bias.zero_()
-    FOLD_SCALES(block)
+    FOLD_NORMS(block)
 
 
 def scale_forgotten(block: Any) -> None:
     block.ls2.gamma.fill_(1.0)
-    FOLD_SCALES(block)
+    FOLD_SCALE(block)
 
 
-FOLD, FOLD_SCALES = deploy_backbones.fold_normalisation_, deploy_backbones.fold_scales_
+FOLD = fold_normalisation.fold_normalisation_
+FOLD_NORMS = fold_layer_norms.fold_layer_norms_
+FOLD_SCALE = fold_layer_scale.fold_layer_scale_
 
 
 @pytest.mark.parametrize(
-    ("name", "fault"),
+    ("where", "fault"),
     [
-        ("fold_normalisation_", scale_wrong),
-        ("fold_normalisation_", mean_forgotten),
-        ("fold_scales_", bias_forgotten),
-        ("fold_scales_", scale_forgotten),
+        (fold_normalisation, scale_wrong),
+        (fold_normalisation, mean_forgotten),
+        (fold_layer_norms, bias_forgotten),
+        (fold_layer_scale, scale_forgotten),
     ],
+    ids=["std", "mean", "bias", "scale"],
 )
 def test_a_fault_in_the_deploy_graph_is_caught(
-    model: TaskModel, monkeypatch, name: str, fault: Callable[..., None]
+    model: TaskModel, monkeypatch, where: Any, fault: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(deploy_backbones, name, fault)
+    monkeypatch.setattr(where, f"{where.__name__.split('.')[-1]}_", fault)
     error = refusal(lambda: make_reference(model, "0" * 64, CPU))
     assert error.startswith("the deploy graph")
     assert "please report it" in error
@@ -297,7 +300,7 @@ def test_a_fault_in_the_deploy_graph_is_caught(
 
 def test_folding_nothing_passes_that_check(model: TaskModel, monkeypatch) -> None:
     """It is the values that are compared, not the way."""
-    monkeypatch.setattr(deploy_backbones, "fold_scales_", lambda _block: None)
+    monkeypatch.setattr(fold_layer_scale, "fold_layer_scale_", lambda _block: None)
     make_reference(model, "0" * 64, CPU)
 
 
@@ -598,4 +601,4 @@ def test_cuda_gives_the_same_bytes_twice(model: TaskModel) -> None:
 
 
 def test_the_deploy_model_has_these_taps(model: TaskModel) -> None:
-    assert DeployModel(model).tap_names == TAPS
+    assert build_deploy_model(model).tap_names == TAPS

@@ -87,6 +87,8 @@ class Pool(nn.Module, ABC):
     """The deepest tap that is read; None where it is the final output."""
     gives_vector: bool = True
     """Whether one vector per image comes out; else tokens or maps."""
+    reads_cls_only: bool = False
+    """Whether of the deepest block the CLS token alone is read."""
 
     @abstractmethod
     def extract(self, backbone: Backbone, images: Tensor) -> Features:
@@ -116,6 +118,7 @@ class ClsPool(Pool):
         self.parts = parts
         self.grid = backbone.tap_grid(backbone.last_tap, image_size)
         self.width = parts.count * backbone.embed_dim
+        self.reads_cls_only = not (parts.mean or parts.quarters)
 
     def extract(self, backbone: VisionTransformer, images: Tensor) -> Features:  # type: ignore[override]
         """(B, 3, H, W) → (B, width)."""
@@ -130,7 +133,8 @@ class ClsPool(Pool):
             parts.append(patches.mean(dim=1))
         if self.parts.quarters:
             parts += mean_of_quarters(patches, self.grid)
-        return (torch.cat(parts, dim=-1),)
+        # One part is not joined: exporters drop a join of one, and its value's name with it.
+        return (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0],)
 
     def forward(self, features: Features) -> Tensor:
         """(B, width) → the same."""

@@ -117,6 +117,10 @@ class Task(ABC):
     budgets: dict[str, float]
     """Largest error per precision that parity accepts, in ``error_unit``."""
     error_unit: str
+    drop_option: str
+    """Option of ``build --precision auto`` that bounds ``drop``, such as ``max-error-mm``."""
+    drop_unit: str
+    """Unit of ``drop``."""
     presets: "Mapping[str, Mapping[str, Any]]" = {}  # noqa: RUF012
     """Recipes by name, {name: {field of ``TrainConfig``: value}}."""
 
@@ -225,6 +229,22 @@ class Task(ABC):
         return float(abs(actual - expected).max())
 
     @abstractmethod
+    def drop(
+        self,
+        expected: "Predictions",
+        actual: "Predictions",
+        true: "np.ndarray | None" = None,
+    ) -> float:
+        """Return what users lose by a smaller artifact, in ``drop_unit``; never below zero.
+
+        Args:
+            expected: named outputs of the model in float32, samples first.
+            actual: of the artifact.
+            true: what ``truth`` gives for these samples, where they are labelled; without it the
+                float32 outputs are taken for the truth.
+        """
+
+    @abstractmethod
     def synthesise(
         self, count: int, seed: int, out: Path, progress: Callable[[int, int], None] | None = None
     ) -> Path:
@@ -232,9 +252,15 @@ class Task(ABC):
 
     @abstractmethod
     def render_samples(
-        self, count: int, image_size: tuple[int, int]
+        self, count: int, image_size: tuple[int, int], seed: int | None = None
     ) -> "list[dict[str, np.ndarray]]":
-        """Rendered inputs for parity, {input: (H, W, 3) uint8}, always the same ones."""
+        """Rendered inputs, {input: (H, W, 3) uint8}; the same arguments give the same pixels.
+
+        Args:
+            count: of samples.
+            image_size: (height, width) in pixels.
+            seed: of the renderer; None is that of the samples that parity runs on.
+        """
 
     @abstractmethod
     def expected(self, values: dict[str, float]) -> dict[str, float]:

@@ -44,6 +44,8 @@ class ClassifyTask(Task):
     labels = ("class",)
     presets = PRESETS
     heads = ("mlp", "linear", "probe", "ensemble", "query")
+    drop_option = "max-top1-drop"
+    drop_unit = "of pictures"
     budgets = {  # noqa: RUF012
         "fp32": 0.0001,
         "fp16": 0.02,
@@ -151,16 +153,30 @@ class ClassifyTask(Task):
 
         return write_dataset(count, seed, out, progress)
 
+    def drop(
+        self,
+        expected: "Predictions",
+        actual: "Predictions",
+        true: "np.ndarray | None" = None,
+    ) -> float:
+        """Accuracy lost; without labels the share of pictures whose likeliest class changes."""
+        wanted, found = (p["probabilities"].argmax(axis=1) for p in (expected, actual))
+        if true is None:
+            return float((wanted != found).mean())
+        classes = true[:, 0]
+        return max(0.0, float((wanted == classes).mean() - (found == classes).mean()))
+
     def render_samples(
-        self, count: int, image_size: tuple[int, int]
+        self, count: int, image_size: tuple[int, int], seed: int | None = None
     ) -> "list[dict[str, np.ndarray]]":
-        """Rendered eyes of a fixed seed."""
+        """Rendered eyes."""
         from dinotrain.data.images import fit_image
         from dinotrain.data.synthetic.eyes import MIN_SIDE_PX
         from dinotrain.data.synthetic.gazes import render_gaze
 
+        chosen = SAMPLE_SEED if seed is None else seed
         side = max(MIN_SIDE_PX, *image_size)
-        images = (render_gaze(SAMPLE_SEED, index, side)[0] for index in range(count))
+        images = (render_gaze(chosen, index, side)[0] for index in range(count))
         return [{"image": fit_image(image, image_size)} for image in images]
 
     def expected(self, values: dict[str, float]) -> dict[str, float]:

@@ -59,6 +59,8 @@ class EyelidTask(Task):
     window_mm = 40.0
     orientation = "right"
     notice = "Research software, not a medical device."
+    drop_option = "max-error-mm"
+    drop_unit = "mm"
     budgets = {  # noqa: RUF012
         "fp32": 0.001,
         "fp16": 0.02,
@@ -181,19 +183,29 @@ class EyelidTask(Task):
 
         return write_dataset(count, seed, out, progress)
 
+    def drop(
+        self,
+        expected: "Predictions",
+        actual: "Predictions",
+        true: "np.ndarray | None" = None,
+    ) -> float:
+        """Largest difference of any output from float32's; labels do not come into it."""
+        return max(float(abs(actual[name] - value).max()) for name, value in expected.items())
+
     def render_samples(
-        self, count: int, image_size: tuple[int, int]
+        self, count: int, image_size: tuple[int, int], seed: int | None = None
     ) -> "list[dict[str, np.ndarray]]":
-        """Rendered eyes of a fixed seed, in right-eye orientation."""
+        """Rendered eyes, in right-eye orientation."""
         import numpy as np
 
         from dinotrain.data.images import crop_window
         from dinotrain.data.synthetic.eyes import MIN_SIDE_PX, render_eye
 
+        chosen = SAMPLE_SEED if seed is None else seed
         side = max(MIN_SIDE_PX, *image_size)
         samples = []
         for index in range(count):
-            eye = render_eye(SAMPLE_SEED, index, side, self.window_mm)
+            eye = render_eye(chosen, index, side, self.window_mm)
             sample = {}
             for gaze, square in eye.images.items():
                 # The width of an input is the window, whatever its height.

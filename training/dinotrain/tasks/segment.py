@@ -48,6 +48,8 @@ class SegmentTask(Task):
     presets = PRESETS
     # Only pixels at the border of two classes change: a pixel or two by the order of float32 sums,
     # some of each outline by half precision. Both are well below what two people's masks differ by.
+    drop_option = "max-miou-drop"
+    drop_unit = "mean IoU"
     budgets = {  # noqa: RUF012
         "fp32": 0.0005,
         "fp16": 0.01,
@@ -180,16 +182,29 @@ class SegmentTask(Task):
 
         return write_dataset(count, seed, out, progress, size=IMAGE_PX, field_mm=FIELD_MM)
 
+    def drop(
+        self,
+        expected: "Predictions",
+        actual: "Predictions",
+        true: "np.ndarray | None" = None,
+    ) -> float:
+        """Mean IoU lost; without masks 1 − mean IoU of the two class maps."""
+        if true is None:
+            return 1.0 - _mean_iou(actual[OUTPUT], expected[OUTPUT])
+        lost = _mean_iou(expected[OUTPUT], true) - _mean_iou(actual[OUTPUT], true)
+        return max(0.0, lost)
+
     def render_samples(
-        self, count: int, image_size: tuple[int, int]
+        self, count: int, image_size: tuple[int, int], seed: int | None = None
     ) -> "list[dict[str, np.ndarray]]":
-        """Rendered surfaces of a fixed seed."""
+        """Rendered surfaces."""
         from dinotrain.data.images import fit_image
         from dinotrain.data.synthetic.surfaces import MIN_SIDE_PX, render_surface
 
+        chosen = SAMPLE_SEED if seed is None else seed
         side = max(MIN_SIDE_PX, *image_size)
         surfaces = (
-            render_surface(SAMPLE_SEED, index, side, field_mm=FIELD_MM) for index in range(count)
+            render_surface(chosen, index, side, field_mm=FIELD_MM) for index in range(count)
         )
         return [{"image": fit_image(surface.image, image_size)} for surface in surfaces]
 
@@ -238,3 +253,15 @@ class SegmentTask(Task):
         from dinotrain.tasks.segment_drawing import draw_class_map
 
         return draw_class_map(images["image"], outputs[OUTPUT], caption, classes)
+
+
+def _mean_iou(predicted: "np.ndarray", true: "np.ndarray") -> float:
+    """Mean IoU over the classes that either of two stacks of masks (n, H, W) has."""
+    from dinotrain.data.masks import IGNORE
+    from dinotrain.metrics.segmentation import confusion_matrix, overlap
+
+    guess, wanted = (masks.reshape(-1, masks.shape[-1]) for masks in (predicted, true))
+    labelled = wanted[wanted != IGNORE]
+    classes = int(max(guess.max(), labelled.max(initial=0))) + 1
+    shares = [v for v in overlap(confusion_matrix(guess, wanted, classes))[0] if v is not None]
+    return sum(shares) / len(shares) if shares else 1.0

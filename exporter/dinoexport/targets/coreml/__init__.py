@@ -1,5 +1,6 @@
 """Core ML (iOS, iPadOS, macOS); on Linux its packages are evaluated operation by operation."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import final
@@ -16,6 +17,7 @@ class CoremlTarget(Target):
 
     name = "coreml"
     suffix = ".mlpackage"
+    timed_here = sys.platform == "darwin"
     image_input = True
     supports = {  # noqa: RUF012
         "fp32": "CPU and GPU; the Neural Engine computes in half precision only",

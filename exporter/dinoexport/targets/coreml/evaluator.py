@@ -313,18 +313,22 @@ class PackageEvaluator:
 def norm_epsilons(operations: Sequence[OperationInfo]) -> list[float]:
     """Return the epsilon of each LayerNorm and GroupNorm, in running order.
 
-    A GroupNorm is written out and ends in (x − mean) / sqrt(variance + epsilon).
+    A GroupNorm is written out and ends in (x − mean) / sqrt(variance + epsilon), a guarded
+    LayerNorm in (x − mean)/m · rsqrt(variance + epsilon/m²).
     """
-    sums = {
-        op.outputs[0]: float(op.settings["y"])
-        for op in operations
-        if op.kind == "add" and "y" in op.settings
-    }
+    sums: dict[str, float] = {}
+    factors: dict[str, float] = {}
+    for op in operations:
+        if op.kind in ("mul", "add") and "y" in op.settings:
+            (factors if op.kind == "mul" else sums)[op.outputs[0]] = float(op.settings["y"])
+        elif op.kind == "add":
+            added = [factors[name] for name in op.inputs if name in factors]
+            sums |= dict.fromkeys(op.outputs[:1] if added else (), *added[:1])
     found = []
     for op in operations:
         if op.kind == "layer_norm":
             found.append(float(op.settings.get("epsilon", 1e-5)))
-        elif op.kind == "sqrt" and op.inputs[0] in sums:
+        elif op.kind in ("sqrt", "rsqrt") and op.inputs[0] in sums:
             found.append(sums[op.inputs[0]])
     return found
 

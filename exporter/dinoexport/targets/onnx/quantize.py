@@ -1,4 +1,4 @@
-"""Half precision for ONNX, and its inverse for the structural gate.
+"""Half precision for ONNX.
 
 The decoder stays in float32: half precision holds whole numbers only to 2048. So do the means and
 variances of group normalisations, for squares of activations above 256 pass its range.
@@ -9,6 +9,8 @@ from collections.abc import Collection
 import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+
+from dinoexport.targets.onnx.draft import replace_nodes_
 
 FLOAT_KINDS = frozenset({"InstanceNormalization"})
 """Operators that stay in float32 wherever they stand; a GroupNorm is written as one of these."""
@@ -41,14 +43,14 @@ def to_half_precision_(model: ModelProto, float_nodes: Collection[str]) -> None:
     for tensor in list(graph.initializer):
         if tensor.data_type != TensorProto.FLOAT or True not in readers.get(tensor.name, {False}):
             if tensor.data_type == TensorProto.FLOAT:
-                _convert_tensor_(tensor, np.float16)
+                convert_tensor_(tensor, np.float16)
             continue
         if False in readers[tensor.name]:
             # Read on both sides of the border: the half-precision side gets its own copy.
             half = TensorProto()
             half.CopyFrom(tensor)
             half.name = f"{tensor.name}_half"
-            _convert_tensor_(half, np.float16)
+            convert_tensor_(half, np.float16)
             graph.initializer.append(half)
             for index, node in enumerate(graph.node):
                 if index not in in_float and node.op_type not in FLOAT_INPUTS:
@@ -59,7 +61,7 @@ def to_half_precision_(model: ModelProto, float_nodes: Collection[str]) -> None:
     casts: dict[str, str] = {}
     for index, node in enumerate(graph.node):
         if index not in in_float:
-            _retarget_casts_(node, TensorProto.FLOAT, TensorProto.FLOAT16)
+            retarget_casts_(node, TensorProto.FLOAT, TensorProto.FLOAT16)
             half_values.update(node.output)
             nodes.append(node)
             continue
@@ -76,7 +78,7 @@ def to_half_precision_(model: ModelProto, float_nodes: Collection[str]) -> None:
         if index in alone:
             half_values.update(node.output)
             nodes += _cast_after_(node)
-    _replace_nodes_(model, nodes)
+    replace_nodes_(model, nodes)
 
 
 def _cast_after_(node: NodeProto) -> list[NodeProto]:
@@ -91,16 +93,6 @@ def _cast_after_(node: NodeProto) -> list[NodeProto]:
     return casts
 
 
-def to_exact_precision_(model: ModelProto) -> None:
-    """Compute a half-precision model in float32 with its weights as they are stored, in place."""
-    for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT16:
-            _convert_tensor_(tensor, np.float32)
-    for node in model.graph.node:
-        _retarget_casts_(node, TensorProto.FLOAT16, TensorProto.FLOAT)
-    _replace_nodes_(model, list(model.graph.node))
-
-
 def _kept_nodes(nodes, names: set[str]) -> set[int]:
     """Indices of the nodes that produce one of ``names`` or read a kept node's value."""
     values: set[str] = set(names)
@@ -112,7 +104,8 @@ def _kept_nodes(nodes, names: set[str]) -> set[int]:
     return kept
 
 
-def _convert_tensor_(tensor: TensorProto, dtype: type) -> None:
+def convert_tensor_(tensor: TensorProto, dtype: type) -> None:
+    """Change the type of a tensor in place."""
     array = numpy_helper.to_array(tensor).astype(dtype)
     converted = numpy_helper.from_array(array, tensor.name)
     tensor.CopyFrom(converted)
@@ -124,23 +117,11 @@ def _rename_input_(node: NodeProto, old: str, new: str) -> None:
             node.input[index] = new
 
 
-def _retarget_casts_(node: NodeProto, source: int, target: int) -> None:
+def retarget_casts_(node: NodeProto, source: int, target: int) -> None:
+    """Give casts to a type, and constants of it, another type in place."""
     for attribute in node.attribute:
         if node.op_type == "Cast" and attribute.name == "to" and attribute.i == source:
             attribute.i = target
         if attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type == source:
             dtype = np.float16 if target == TensorProto.FLOAT16 else np.float32
-            _convert_tensor_(attribute.t, dtype)
-
-
-def _replace_nodes_(model: ModelProto, nodes: list[NodeProto]) -> None:
-    copies = []
-    for node in nodes:
-        copy = NodeProto()
-        copy.CopyFrom(node)
-        copies.append(copy)
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
-    # Stale types; shape inference writes them anew.
-    del model.graph.value_info[:]
-    model.CopyFrom(onnx.shape_inference.infer_shapes(model, strict_mode=True))
+            convert_tensor_(attribute.t, dtype)

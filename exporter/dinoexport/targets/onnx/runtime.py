@@ -7,11 +7,11 @@ import numpy as np
 import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto
 
 from dinoexport.errors import BundleError
 from dinoexport.targets.base import RunResult, Runtime, plain
-from dinoexport.targets.onnx.quantize import to_exact_precision_
+from dinoexport.targets.onnx.exact import to_exact_precision_
 
 
 def load(path: Path) -> ModelProto:
@@ -43,14 +43,40 @@ def gelu_forms(model: ModelProto) -> set[str]:
 def norm_epsilons(model: ModelProto) -> list[float]:
     """Return the epsilon of each normalisation, in running order.
 
-    A GroupNorm is written as InstanceNormalization of its reshaped groups.
+    A GroupNorm is written as InstanceNormalization of its reshaped groups. A LayerNorm of another
+    axis, or one that is guarded, is written out: its epsilon, or a multiple of it, is added before
+    the square root.
     """
     found = []
+    makers = {name: node for node in model.graph.node for name in node.output}
+    scalars = _scalars(model)
     for node in model.graph.node:
+        if node.op_type == "Sqrt":
+            found += _added(makers.get(node.input[0]), makers, scalars)
         if node.op_type in ("LayerNormalization", "InstanceNormalization"):
             # The operators' own default, which exporters leave out.
             found.append(next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5))
     return found
+
+
+def _scalars(model: ModelProto) -> dict[str, float]:
+    """Constants of one element by name."""
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            values[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
+    return {name: float(v.reshape(-1)[0]) for name, v in values.items() if v.size == 1}
+
+
+def _added(
+    node: NodeProto | None, makers: Mapping[str, NodeProto], scalars: Mapping[str, float]
+) -> list[float]:
+    """The constant that a sum adds to what is computed, or the constant factor of what it adds."""
+    if node is None or node.op_type != "Add":
+        return []
+    direct = [scalars[name] for name in node.input if name in scalars]
+    products = [makers[n] for n in node.input if n in makers and makers[n].op_type == "Mul"]
+    return direct or [scalars[n] for product in products for n in product.input if n in scalars]
 
 
 class OnnxRuntime(Runtime):

@@ -16,9 +16,9 @@ from torch.export import ExportedProgram
 from dinoexport.errors import BuildError
 from dinoexport.graph.capture import CapturedProgram
 from dinoexport.targets.adaptor import NhwcAdaptor
+from dinoexport.targets.tflite.graph import IDENTIFIER
 from dinoexport.targets.tflite.runtime import CHANNELS_LAST, TfliteRuntime
 
-IDENTIFIER = b"TFL3"
 MAX_BYTES = 2**31 - 2**20
 
 

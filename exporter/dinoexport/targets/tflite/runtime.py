@@ -13,6 +13,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from dinoexport.errors import BundleError
 from dinoexport.targets.base import RunResult, Runtime, plain
+from dinoexport.targets.tflite.exact import exact_form
 
 CHANNELS_LAST = "channels-last:"
 """Before a tap's tensor name: it holds (B, H, W, C) where the reference has (B, C, H, W)."""
@@ -27,10 +28,17 @@ class TfliteRuntime(Runtime):
             delegate does not give its inner tensors.
         keep_all: keep every tensor even without taps.
         threads: of the XNNPACK delegate.
+        exact: compute in float32 with the stored numbers, see ``exact_form``.
     """
 
     def __init__(
-        self, path: Path, taps: Mapping[str, str], *, keep_all: bool = False, threads: int = 2
+        self,
+        path: Path,
+        taps: Mapping[str, str],
+        *,
+        keep_all: bool = False,
+        threads: int = 2,
+        exact: bool = False,
     ) -> None:
         inner = bool(taps) or keep_all
         kernels = "reference kernels" if inner else "XNNPACK"
@@ -38,6 +46,7 @@ class TfliteRuntime(Runtime):
         try:
             content = path.read_bytes()
             _check_identifier(content)
+            content = exact_form(content) if exact else content
             self._interpreter = Interpreter(
                 model_content=content,
                 num_threads=threads,
@@ -131,7 +140,7 @@ def norm_epsilons(path: Path) -> list[float]:
     """Return the epsilon of each LayerNorm and GroupNorm, in running order.
 
     TFLite has no such operators: the converter writes rsqrt(variance + epsilon) and no other RSQRT,
-    for a GroupNorm with a RESHAPE in between.
+    for a GroupNorm with a RESHAPE in between. A guarded LayerNorm adds a multiple of epsilon.
 
     Raises:
         BundleError: it is no flatbuffer, or an RSQRT reads no such sum.
@@ -148,6 +157,10 @@ def norm_epsilons(path: Path) -> list[float]:
                 source = producers[int(source.inputs[0])]
             sources = [int(i) for i in source.inputs]
             constants = [i for i in sources if i not in producers]
+            if not constants:
+                made = [producers[i] for i in sources]
+                factors = [p for p in made if _kind(model, p) == schema.BuiltinOperator.MUL]
+                constants = [int(i) for p in factors for i in p.inputs if int(i) not in producers]
             if len(constants) != 1:
                 raise BundleError(f"{path}: an RSQRT follows no sum with a constant")
             buffer = model.buffers[graph.tensors[constants[0]].buffer]

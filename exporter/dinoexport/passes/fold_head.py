@@ -1,14 +1,37 @@
-"""Heads as they are captured: what converters would fold by themselves is folded before weights are
-rounded, so that all targets round the same numbers.
+"""Pass: norms and constants of a head; what converters would fold by themselves is folded before
+weights are rounded, so that all targets round the same numbers.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
+from dinoexport.graph.deploy_model import DeployModel
+from dinoexport.passes.base import Pass
+from dinoexport.passes.facts import HEAD_FOLDED
+from dinoexport.passes.fold_layer_norms import fold_affine
 from dinotrain.heads.branch import BranchHead
 from dinotrain.heads.query import QueryHead, QueryLayer
+
+
+@final
+@dataclass(frozen=True)
+class FoldHead(Pass):
+    """Fold LayerNorms into the linear layers that read them, and work out a query decoder's first
+    self-attention, which no picture changes.
+
+    Before:  linear(γ·norm(x) + β; W, b); queries + self(norm(queries)), for each picture
+    After:   linear(norm(x); γ·W, b + W·β); queries that told each other are constants
+    """
+
+    name = "fold_head"
+    ensures = frozenset({HEAD_FOLDED})
+
+    def apply(self, model: DeployModel) -> None:
+        """See Pass.apply."""
+        model.head = fold_head_(model.head)
 
 
 def fold_head_(head: nn.Module) -> nn.Module:
@@ -19,23 +42,6 @@ def fold_head_(head: nn.Module) -> nn.Module:
                 _fold_sequence_(member[branch.name])  # type: ignore[index]
         return head
     return FoldedQueryHead(head) if isinstance(head, QueryHead) else head
-
-
-@torch.no_grad()
-def fold_affine(norm: nn.LayerNorm, linears: Sequence[nn.Linear]) -> nn.LayerNorm:
-    """Fold a norm's weight and bias into all linear layers that read it.
-
-    Args:
-        norm: its affine part is what is folded.
-        linears: changed in place; nothing else may read the norm.
-
-    Returns:
-        The norm that is left, without weights.
-    """
-    for linear in linears:
-        linear.bias.add_(linear.weight @ norm.bias)
-        linear.weight.mul_(norm.weight)
-    return nn.LayerNorm(list(norm.normalized_shape), eps=norm.eps, elementwise_affine=False)
 
 
 def _fold_sequence_(layers: nn.Sequential) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinoexport.graph.deploy_heads import fold_head_
+from dinoexport.passes.fold_head import fold_head_
 from dinotrain.heads.branch import BranchHead, BranchSpec, HeadConfig
 from dinotrain.heads.query import QueryConfig, QueryHead
 

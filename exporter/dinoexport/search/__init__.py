@@ -1,0 +1,1 @@
+"""``--precision auto``: the smallest or fastest recipe whose error holds a budget."""

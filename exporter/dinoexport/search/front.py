@@ -1,0 +1,137 @@
+"""What a search measured: candidates, which of them hold the budget, and the Pareto front."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Preference = Literal["size", "speed"]
+
+
+class Candidate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One artifact that was built and run.
+
+    Attributes:
+        recipe: its name, which is all that is needed to build it again.
+        size_bytes: of the artifact.
+        error: on the held-out pictures, in the task's unit.
+        latency_ms: median on this host, one thread; None where this host cannot run the format.
+    """
+
+    recipe: str
+    size_bytes: int
+    error: float
+    latency_ms: float | None
+
+
+def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return those that no other one beats in size, latency and error at once, smallest first."""
+    front = [
+        one
+        for one in candidates
+        if not any(_beats(other, one) for other in candidates if other is not one)
+    ]
+    return sorted(front, key=lambda c: (c.size_bytes, c.error))
+
+
+def choose(candidates: Sequence[Candidate], budget: float, prefer: Preference) -> Candidate | None:
+    """Return the smallest or fastest candidate within the budget; None if there is none."""
+    held = [candidate for candidate in candidates if candidate.error <= budget]
+    if not held:
+        return None
+    if prefer == "speed":
+        return min(held, key=lambda c: (c.latency_ms or 0.0, c.size_bytes))
+    return min(held, key=lambda c: (c.size_bytes, c.latency_ms or 0.0, c.error))
+
+
+def _beats(other: Candidate, one: Candidate) -> bool:
+    """At least as good in everything, and better in something."""
+    pairs = [(other.size_bytes, one.size_bytes), (other.error, one.error)]
+    if other.latency_ms is not None and one.latency_ms is not None:
+        pairs.append((other.latency_ms, one.latency_ms))
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def front_table(
+    candidates: Sequence[Candidate], budget: float, unit: str, chosen: Candidate | None
+) -> list[str]:
+    """Render candidates as lines of text, those of the front marked with *, the chosen one with >.
+
+    Args:
+        candidates: all that were measured.
+        budget: largest error that is accepted.
+        unit: of the error.
+        chosen: what is shipped.
+    """
+    front = {candidate.recipe for candidate in pareto_front(candidates)}
+    width = max([len(c.recipe) for c in candidates] + [6])
+    lines = [f"    {'recipe':{width}} {'MB':>8} {'host ms':>8} {'error':>9} {unit}"]
+    for candidate in sorted(candidates, key=lambda c: (c.size_bytes, c.error)):
+        mark = ">" if candidate == chosen else "*" if candidate.recipe in front else " "
+        latency = "-" if candidate.latency_ms is None else f"{candidate.latency_ms:.1f}"
+        over = "" if candidate.error <= budget else f"  over {budget:g}"
+        lines.append(
+            f"  {mark} {candidate.recipe:{width}} {candidate.size_bytes / 1e6:8.2f} {latency:>8} "
+            f"{candidate.error:9.3g}{over}"
+        )
+    return lines
+
+
+def draw_front(
+    candidates: Sequence[Candidate], budget: float, unit: str, chosen: Candidate | None, title: str
+) -> bytes:
+    """Draw size against error as SVG: the front as a line, the budget as a level.
+
+    The same candidates give the same bytes.
+    """
+    from dinotrain.report.drawing import add_axes, draw_svg
+    from dinotrain.report.palette import BLUE, QUIET, VERMILION
+
+    front = pareto_front(candidates)
+
+    def paint(figure: "Figure") -> None:
+        axes = add_axes(figure, 6.4, 4.0, top_in=0.4)
+        axes.set_yscale("log")
+        least = min((c.error for c in candidates if c.error > 0), default=budget)
+        level = {c.recipe: max(c.error, least / 2) for c in candidates}
+        axes.plot(
+            [c.size_bytes / 1e6 for c in front],
+            [level[c.recipe] for c in front],
+            color=QUIET,
+            linewidth=1,
+        )
+        axes.axhline(budget, color=VERMILION, linewidth=1, linestyle="--")
+        axes.annotate(
+            f"budget {budget:g} {unit}",
+            (1, budget),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color=VERMILION,
+        )
+        for candidate in candidates:
+            size = candidate.size_bytes / 1e6
+            colour = VERMILION if candidate == chosen else BLUE
+            axes.plot([size], [level[candidate.recipe]], "o", markersize=5, color=colour)
+            latency = "" if candidate.latency_ms is None else f", {candidate.latency_ms:.0f} ms"
+            axes.annotate(
+                f"{_short(candidate.recipe)}{latency}",
+                (size, level[candidate.recipe]),
+                textcoords="offset points",
+                xytext=(5, 4),
+                fontsize=7,
+                color=colour,
+            )
+        axes.set_xlabel("artifact, MB")
+        axes.set_ylabel(f"largest error on held-out pictures, {unit}")
+        axes.set_title(title, fontsize=10)
+
+    return draw_svg(paint)
+
+
+def _short(recipe: str) -> str:
+    return recipe if len(recipe) <= 28 else f"{recipe[:25]}…"

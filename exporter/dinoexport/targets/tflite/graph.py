@@ -1,0 +1,178 @@
+"""A TFLite file as objects that can be changed: quantising and the exact form both rewrite it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flatbuffers
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from numpy.typing import NDArray
+
+IDENTIFIER = b"TFL3"
+Kind = schema.BuiltinOperator
+Type = schema.TensorType
+TORCH_ORDER = {
+    Kind.FULLY_CONNECTED: (0, 1),
+    Kind.CONV_2D: (0, 3, 1, 2),
+    Kind.DEPTHWISE_CONV_2D: (3, 0, 1, 2),
+}
+"""Axes of an operator's weights in the order that PyTorch has them in, output channels first."""
+_DEPRECATED_CODE_END = 127
+"""Readers of old files look at a byte, which says this of every later operator."""
+
+
+class Graph:
+    """The only subgraph of a file, with operators that may be replaced.
+
+    Args:
+        content: a flatbuffer.
+
+    Attributes:
+        operators: in running order.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self._model: Any = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+        self._graph: Any = self._model.subgraphs[0]
+        self.operators: list[Any] = list(self._graph.operators)
+        for operator in self.operators:
+            operator.inputs = [int(i) for i in operator.inputs]
+            operator.outputs = [int(i) for i in operator.outputs]
+        for buffer in self._model.buffers:
+            if buffer.size:  # a file may keep numbers behind the flatbuffer
+                end = buffer.offset + buffer.size
+                buffer.data = np.frombuffer(content[buffer.offset : end], np.uint8)
+                buffer.offset = buffer.size = 0
+
+    def kind(self, operator: Any) -> int:
+        """Return an operator's kind, one of ``Kind``."""
+        return self._model.operatorCodes[operator.opcodeIndex].builtinCode
+
+    def set_version(self, operator: Any, version: int) -> None:
+        """Ask for a kernel of at least this version."""
+        code = self._model.operatorCodes[operator.opcodeIndex]
+        if code.version < version:
+            operator.opcodeIndex = self._code(code.builtinCode, version)
+
+    def tensor(self, index: int) -> Any:
+        """Return a tensor's record."""
+        return self._graph.tensors[index]
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        shape = self.tensor(index).shape
+        return () if shape is None else tuple(int(side) for side in shape)
+
+    def name(self, index: int) -> str:
+        """Return a tensor's name."""
+        return self.tensor(index).name.decode()
+
+    def data(self, index: int) -> bytes:
+        """Return the bytes of a constant, none for any other tensor."""
+        data = self._model.buffers[self.tensor(index).buffer].data
+        return b"" if data is None else np.asarray(data, np.uint8).tobytes()
+
+    def constant(self, index: int) -> NDArray[np.float32] | None:
+        """Return a float32 constant in its shape, None for any other tensor."""
+        if index < 0 or self.tensor(index).type != Type.FLOAT32:
+            return None
+        data = self.data(index)
+        return np.frombuffer(data, np.float32).reshape(self.shape(index)) if data else None
+
+    def add_tensor(
+        self, name: str, shape: Sequence[int], kind: int, quantization: Any = None
+    ) -> int:
+        """Add a tensor that an operator fills; return its index."""
+        tensor: Any = schema.TensorT()
+        tensor.name = name.encode()
+        tensor.shape = list(shape)
+        tensor.type = kind
+        tensor.buffer = 0
+        tensor.quantization = quantization
+        self._graph.tensors.append(tensor)
+        return len(self._graph.tensors) - 1
+
+    def add_constant(
+        self,
+        name: str,
+        shape: Sequence[int],
+        kind: int,
+        values: NDArray[Any],
+        quantization: Any = None,
+    ) -> int:
+        """Add a tensor that holds numbers; return its index."""
+        index = self.add_tensor(name, shape, kind, quantization)
+        buffer: Any = schema.BufferT()
+        buffer.data = np.frombuffer(np.ascontiguousarray(values).tobytes(), np.uint8)
+        self.tensor(index).buffer = len(self._model.buffers)
+        self._model.buffers.append(buffer)
+        return index
+
+    def operator(self, kind: int, version: int, inputs: list[int], outputs: list[int]) -> Any:
+        """Return a new operator without options; it runs once it is among ``operators``."""
+        operator: Any = schema.OperatorT()
+        operator.opcodeIndex = self._code(kind, version)
+        operator.inputs = inputs
+        operator.outputs = outputs
+        return operator
+
+    def encode(self) -> bytes:
+        """Return the file, without tensors and numbers that nothing reads."""
+        self._graph.operators = self.operators
+        self._drop_unread_()
+        builder = flatbuffers.Builder(2**16)
+        builder.Finish(self._model.Pack(builder), file_identifier=IDENTIFIER)
+        return bytes(builder.Output())
+
+    def _code(self, kind: int, version: int) -> int:
+        codes = self._model.operatorCodes
+        for index, code in enumerate(codes):
+            if code.builtinCode == kind and code.version == version:
+                return index
+        code: Any = schema.OperatorCodeT()
+        code.builtinCode = kind
+        code.deprecatedBuiltinCode = min(kind, _DEPRECATED_CODE_END)
+        code.version = version
+        codes.append(code)
+        return len(codes) - 1
+
+    def _drop_unread_(self) -> None:
+        ports = [int(i) for i in (*self._graph.inputs, *self._graph.outputs)]
+        ends = [i for o in self.operators for i in (*o.inputs, *o.outputs) if i >= 0]
+        place = {old: new for new, old in enumerate(sorted({*ports, *ends}))}
+        self._graph.tensors = [self._graph.tensors[old] for old in place]
+        self._graph.inputs = [place[int(i)] for i in self._graph.inputs]
+        self._graph.outputs = [place[int(i)] for i in self._graph.outputs]
+        for operator in self.operators:
+            operator.inputs = [place.get(i, i) for i in operator.inputs]
+            operator.outputs = [place[i] for i in operator.outputs]
+        for signature in self._model.signatureDefs or []:
+            for port in (*signature.inputs, *signature.outputs):
+                port.tensorIndex = place[port.tensorIndex]
+        self._drop_buffers_()
+
+    def _drop_buffers_(self) -> None:
+        """Renumber buffers; the first one is empty by the format's rule."""
+        readers = [*self._graph.tensors, *(self._model.metadata or [])]
+        place = {old: new for new, old in enumerate(sorted({0, *(r.buffer for r in readers)}))}
+        buffers = self._model.buffers
+        self._model.buffers = [buffers[old] for old in place]
+        for reader in readers:
+            reader.buffer = place[reader.buffer]
+
+
+def per_channel(scale: NDArray[np.float32], axis: int = 0) -> Any:
+    """Return the record of symmetric integers with a scale per channel."""
+    record: Any = schema.QuantizationParametersT()
+    record.scale = scale
+    record.zeroPoint = np.zeros(len(scale), np.int64)
+    record.quantizedDimension = axis
+    return record
+
+
+def per_tensor(scale: float, zero_point: int) -> Any:
+    """Return the record of integers with one scale."""
+    record: Any = schema.QuantizationParametersT()
+    record.scale = np.array([scale], np.float32)
+    record.zeroPoint = np.array([zero_point], np.int64)
+    return record

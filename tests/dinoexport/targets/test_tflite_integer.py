@@ -1,0 +1,467 @@
+"""Integer weights and layers in a TFLite file: the numbers of the recipe, seen from outside.
+
+One conversion serves all recipes of 8-bit weights, since all of them ship the same codes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flatbuffers
+import numpy as np
+import pytest
+import torch
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from torch import nn
+
+from dinoexport.graph.capture import CapturedProgram, capture_deploy
+from dinoexport.graph.deploy_model import DeployModel
+from dinoexport.quantize.calibration import Calibration, LayerStatistics, TensorStatistics
+from dinoexport.quantize.layers import Layer, layer_name
+from dinoexport.quantize.prepare import prepare_
+from dinoexport.recipes import PRECISIONS, Precision, Recipe, parse_recipe
+from dinoexport.targets.table import get_target
+from dinoexport.targets.tflite.lower import embed_metadata, locate_taps, lower
+from dinoexport.targets.tflite.quantize import store_layers
+from dinoexport.verify.metrics import max_error, sqnr_db
+from dinoexport.verify.parity import STRUCTURE_DB, budget_of, run_samples
+from dinoexport.verify.reference import Reference, make_reference, with_deployed
+from dinotrain.checkpoint import load_checkpoint
+from dinotrain.model import TaskModel
+from dinotrain.tasks import get_task
+
+pytestmark = pytest.mark.e2e
+RECIPES = ("w8", "w8a8-dynamic", "w8a8", "w8a16")
+MIXTURE = "w8a8:blocks.0.attn=w8a8-dynamic,blocks.1.mlp=fp16,head=fp32"
+OPERATORS = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
+TYPES = {v: k for k, v in vars(schema.TensorType).items() if isinstance(v, int)}
+NUMBERS = {"INT8": np.int8, "INT32": np.int32, "INT64": np.int64}
+TORCH_ORDER = {"FULLY_CONNECTED": (0, 1), "CONV_2D": (0, 3, 1, 2)}
+
+
+def calibrate(deploy: DeployModel, model: TaskModel) -> Calibration:
+    """Minimum and maximum of every layer on four rendered samples."""
+    ends: dict[str, list[tuple[float, float, float, float]]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: Any, output: Any) -> None:
+            x = inputs[0]
+            seen = (x.min(), x.max(), output.min(), output.max())
+            ends.setdefault(name, []).append(tuple(float(value) for value in seen))  # type: ignore[arg-type]
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(note(layer_name(path)))
+        for path, module in deploy.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    for sample in model.task.render_samples(4, model.config.image_size):
+        images = [torch.from_numpy(sample[name]) for name in deploy.input_names]
+        deploy.run(tuple(image.permute(2, 0, 1)[None].float() for image in images))
+    for hook in hooks:
+        hook.remove()
+
+    def statistics(low: float, high: float) -> TensorStatistics:
+        return TensorStatistics((), (low, high), low, high, np.zeros(0, np.float32))
+
+    layers = {}
+    for name, rows in ends.items():
+        table = np.array(rows)
+        a, b, c, d = table[:, 0].min(), table[:, 1].max(), table[:, 2].min(), table[:, 3].max()
+        layers[name] = LayerStatistics(statistics(a, b), statistics(c, d))
+    return Calibration(layers, "rendered", 4, 0, "", "minmax")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A converted program in float32, which recipes of the same weights are written from."""
+
+    program: CapturedProgram
+    content: bytes
+    taps: dict[str, str]
+    reference: Reference
+
+    def of(self, recipe: str) -> CapturedProgram:
+        """The same program under a recipe of 8-bit weights."""
+        parsed = parse_recipe(recipe)
+        layers = {n: _retyped(layer, parsed.base) for n, layer in self.program.layers.items()}
+        return dataclasses.replace(self.program, recipe=parsed, layers=layers)
+
+
+def _retyped(layer: Layer, precision: Precision) -> Layer:
+    keep = layer.precision.name == "w8"
+    return dataclasses.replace(layer, precision=layer.precision if keep else precision)
+
+
+def prepare(model: TaskModel, recipe: Recipe, locate: bool) -> Prepared:
+    reference = make_reference(model, "0" * 64, torch.device("cpu"))
+    deploy = DeployModel(model)
+    layers = prepare_(deploy, recipe, calibrate(deploy, model))
+    reference = with_deployed(reference, recipe.name, deploy, torch.device("cpu"))
+    program = capture_deploy(deploy, recipe, layers)
+    content = lower(program)
+    taps = locate_taps(content, program) if locate else {}
+    return Prepared(program, embed_metadata(content, {"name": "n", "t": "u"}), taps, reference)
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_checkpoint: Path) -> Prepared:
+    model, _ = load_checkpoint(tiny_checkpoint)
+    return prepare(model, parse_recipe("w8a8"), locate=True)
+
+
+@pytest.fixture(scope="module")
+def file(prepared: Prepared, tmp_path_factory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("integer")
+
+    def path(recipe: str) -> Path:
+        place = folder / f"{recipe}.tflite"
+        if not place.exists():
+            place.write_bytes(store_layers(prepared.content, prepared.of(recipe)))
+        return place
+
+    return path
+
+
+class Model:
+    """A file by LiteRT's schema, to look at and to break."""
+
+    def __init__(self, path: Path) -> None:
+        content = path.read_bytes()
+        self.model: Any = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+        (self.graph,) = self.model.subgraphs
+        self.tensors = self.graph.tensors
+        self.maker = {int(i): o for o in self.graph.operators for i in o.outputs}
+
+    def kind(self, operator: Any) -> str:
+        return OPERATORS[self.model.operatorCodes[operator.opcodeIndex].builtinCode]
+
+    def type(self, index: int) -> str:
+        return TYPES[self.tensors[index].type]
+
+    def buffer(self, index: int) -> Any:
+        return self.model.buffers[self.tensors[index].buffer]
+
+    def values(self, index: int) -> np.ndarray:
+        data = np.asarray(self.buffer(index).data, np.uint8)
+        return data.view(NUMBERS[self.type(index)]).reshape(self.tensors[index].shape)
+
+    def layers(self) -> list[tuple[Any, int]]:
+        """Each linear layer and convolution, and the constant that holds its weights."""
+        found = []
+        for operator in self.graph.operators:
+            if self.kind(operator) in TORCH_ORDER:
+                weight = int(operator.inputs[1])
+                if weight in self.maker:
+                    assert self.kind(self.maker[weight]) == "DEQUANTIZE"
+                    weight = int(self.maker[weight].inputs[0])
+                found.append((operator, weight))
+        return found
+
+    def save(self, path: Path) -> Path:
+        builder = flatbuffers.Builder(1024)
+        builder.Finish(self.model.Pack(builder), file_identifier=b"TFL3")
+        path.write_bytes(bytes(builder.Output()))
+        return path
+
+
+def structure(path: Path, prepared: Prepared, taps: dict[str, str], recipe: str) -> float:
+    """The worst tap of the exact form, as the gate reads it."""
+    runtime = get_target("tflite").runtime(path, taps, exact=True)
+    found = run_samples(runtime, prepared.reference)
+    wanted = prepared.reference.deployed[recipe]
+    assert found.taps.keys() == wanted.taps.keys()
+    return min(sqnr_db(wanted.taps[tap], found.taps[tap]) for tap in wanted.taps)
+
+
+# --- the gate ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_tap_has_the_numbers_of_the_recipe(file, prepared, recipe):
+    assert structure(file(recipe), prepared, prepared.taps, "w8a8") >= STRUCTURE_DB
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_shipped_file_measures_within_the_budget(file, prepared, recipe):
+    task = get_task("eyelid")
+    found = run_samples(get_target("tflite").runtime(file(recipe)), prepared.reference)
+    for name, wanted in prepared.reference.exact.outputs.items():
+        error = max_error(wanted, found.outputs[name], task.error)
+        assert 0 < error <= budget_of(task, parse_recipe(recipe))
+
+
+def scale_up(model: Model, weight: int) -> None:
+    model.tensors[weight].quantization.scale = model.tensors[weight].quantization.scale * 1.05
+
+
+def swap_rows(model: Model, weight: int) -> None:
+    codes = model.values(weight).copy()
+    codes[[0, 1]] = codes[[1, 0]]
+    model.buffer(weight).data = codes.reshape(-1).view(np.uint8)
+
+
+def shift_zero(model: Model, weight: int) -> None:
+    record = model.tensors[weight].quantization
+    record.zeroPoint = record.zeroPoint + 1
+
+
+FAULTS = {"scale": scale_up, "codes": swap_rows, "zero-point": shift_zero}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("recipe", ["w8", "w8a8-dynamic", "w8a8"])
+def test_a_planted_fault_is_caught(file, prepared, tmp_path, recipe, fault):
+    model = Model(file(recipe))
+    # A layer within the first block.
+    FAULTS[fault](model, model.layers()[3][1])
+    path = model.save(tmp_path / "fault.tflite")
+    assert structure(path, prepared, prepared.taps, "w8a8") < STRUCTURE_DB
+
+
+def test_a_bias_of_other_integers_is_caught(file, prepared, tmp_path):
+    """The float numbers beside them do not hide it."""
+    model = Model(file("w8a8"))
+    bias = int(model.layers()[3][0].inputs[2])
+    assert model.type(bias) == "INT32"
+    changed = np.round(model.values(bias) * 1.05).astype(np.int32)
+    model.buffer(bias).data = changed.view(np.uint8)
+    path = model.save(tmp_path / "fault.tflite")
+    assert structure(path, prepared, prepared.taps, "w8a8") < STRUCTURE_DB
+
+
+def test_a_wrong_zero_of_an_activation_is_caught_by_the_budget(file, prepared, tmp_path):
+    """The exact form has no activations of integers, so this is for the run of the file itself."""
+    model = Model(file("w8a8"))
+    for operator, weight in model.layers():
+        if int(operator.inputs[1]) == weight:
+            record = model.tensors[int(operator.outputs[0])].quantization
+            record.zeroPoint = record.zeroPoint // 2
+    path = model.save(tmp_path / "fault.tflite")
+    task = get_task("eyelid")
+    found = run_samples(get_target("tflite").runtime(path), prepared.reference)
+    errors = [
+        max_error(wanted, found.outputs[name], task.error)
+        for name, wanted in prepared.reference.exact.outputs.items()
+    ]
+    assert max(errors) > budget_of(task, parse_recipe("w8a8"))
+
+
+# --- what is in the file -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_codes_and_scales_are_those_of_the_layers(file, prepared, recipe):
+    model = Model(file(recipe))
+    wanted = {name: layer.stored for name, layer in prepared.program.layers.items()}
+    left = set(wanted)
+    for operator, weight in model.layers():
+        assert model.type(weight) == "INT8"
+        order = TORCH_ORDER[model.kind(operator)]
+        codes = model.values(weight).transpose(order)
+        codes = codes.reshape(len(codes), -1)
+        record = model.tensors[weight].quantization
+        assert record.quantizedDimension == order[0]
+        assert not np.any(record.zeroPoint)
+        same = {n for n, s in wanted.items() if s and np.array_equal(s.codes, codes)}
+        assert len(same) == 1
+        np.testing.assert_array_equal(wanted[same.pop()].scale[:, 0], record.scale)  # type: ignore[union-attr]
+        left -= {n for n, s in wanted.items() if s and np.array_equal(s.codes, codes)}
+    assert not left
+
+
+@pytest.mark.parametrize(
+    ("recipe", "input_type", "quantize", "weights_unpacked"),
+    [
+        ("w8", "FLOAT32", 0, 13),
+        ("w8a8-dynamic", "FLOAT32", 0, 5),
+        ("w8a8", "INT8", 8, 5),
+        ("w8a16", "INT16", 8, 5),
+    ],
+)
+def test_only_linear_layers_of_blocks_are_integer(
+    file, recipe, input_type, quantize, weights_unpacked
+):
+    model = Model(file(recipe))
+    kinds = [model.kind(operator) for operator in model.graph.operators]
+    assert kinds.count("QUANTIZE") == quantize
+    assert kinds.count("DEQUANTIZE") == weights_unpacked + quantize
+    layers = model.layers()
+    unpacked = [o for o, weight in layers if int(o.inputs[1]) != weight]
+    assert len(unpacked) == weights_unpacked
+    inputs = {model.type(int(o.inputs[0])) for o, w in layers if int(o.inputs[1]) == w}
+    assert inputs == ({input_type} if recipe != "w8" else set())
+    read = {int(i) for o in model.graph.operators for i in o.inputs}
+    read |= {int(i) for i in model.graph.outputs}
+    unread = set(range(len(model.tensors))) - read
+    assert all(model.kind(model.maker[index]) == "SPLIT" for index in unread)
+    names = [tensor.name for tensor in model.tensors]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_everything_is_still_read_from_the_file(file, prepared, recipe):
+    target = get_target("tflite")
+    path = file(recipe)
+    assert target.read_metadata(path)["t"] == "u"
+    assert target.gelu_forms(path) == {"exact"}
+    assert target.norm_epsilons(path) == pytest.approx(
+        [norm.epsilon for norm in prepared.reference.norms(parse_recipe("w8"))], rel=1e-3
+    )
+    assert target.count_operations(path)["FULLY_CONNECTED"] == 12
+    # Codes take a quarter; what is left of a tiny model is mostly names.
+    assert path.stat().st_size < 0.5 * len(prepared.content)
+
+
+def test_the_makers_own_quantizer_finds_the_same_codes(prepared, file, tmp_path):
+    """Its symmetric scales, of the numbers that the codes stand for, are ours again."""
+    from ai_edge_quantizer import qtyping, quantizer
+
+    source = tmp_path / "float.tflite"
+    source.write_bytes(prepared.content)
+    tool = quantizer.Quantizer(str(source))
+    tool.add_dynamic_config(
+        regex=".*", operation_name=qtyping.TFLOperationName.FULLY_CONNECTED, num_bits=8
+    )
+    theirs = tmp_path / "theirs.tflite"
+    theirs.write_bytes(bytes(tool.quantize().quantized_model or b""))
+    details = Interpreter(model_path=str(theirs)).get_tensor_details()
+    scales = [d["quantization_parameters"]["scales"] for d in details if d["dtype"] is np.int8]
+    model = Model(file("w8a8-dynamic"))
+    ours = [
+        model.tensors[weight].quantization.scale
+        for operator, weight in model.layers()
+        if model.kind(operator) == "FULLY_CONNECTED"
+    ]
+    assert len(ours) == len(scales) == 12
+    for scale in ours:
+        # Their division is rounded once more than ours.
+        near = [s for s in scales if len(s) == len(scale) and np.allclose(s, scale, rtol=1e-6)]
+        assert near
+
+
+# --- the arithmetic ------------------------------------------------------------------------------
+
+
+def run_keeping_all(path: Path, prepared: Prepared) -> Interpreter:
+    interpreter = Interpreter(
+        model_path=str(path),
+        experimental_preserve_all_tensors=True,
+        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+    )
+    interpreter.allocate_tensors()
+    interpreter.get_signature_runner()(
+        **{name: image[None] for name, image in prepared.reference.sample(0).items()}
+    )
+    return interpreter
+
+
+@pytest.mark.parametrize(("recipe", "low", "high"), [("w8a8", -128, 127), ("w8a16", -32768, 32767)])
+def test_an_integer_layer_is_its_plain_formula(file, prepared, recipe, low, high):
+    model = Model(file(recipe))
+    run = run_keeping_all(file(recipe), prepared)
+    seen = 0
+    for operator, weight in model.layers():
+        if int(operator.inputs[1]) != weight:
+            continue
+        seen += 1
+        source, _, bias = (int(i) for i in operator.inputs)
+        target = int(operator.outputs[0])
+        (s_in, z_in), (s_out, z_out) = (
+            (float(q.scale[0]), int(q.zeroPoint[0]))
+            for q in (model.tensors[i].quantization for i in (source, target))
+        )
+        x = run.get_tensor(int(model.maker[source].inputs[0])).astype(np.float64)
+        codes = np.clip(np.round(x / s_in) + z_in, low, high)
+        # Ties of the division may fall to either side.
+        assert np.abs(codes - run.get_tensor(source)).max() <= 1
+        total = (run.get_tensor(source).astype(np.int64) - z_in) @ model.values(weight).T.astype(
+            np.int64
+        ) + model.values(bias)
+        step = s_in * np.asarray(model.tensors[weight].quantization.scale, np.float64)
+        wanted = np.clip(np.round(total * step / s_out) + z_out, low, high)
+        # Kernels multiply by a fixed-point number.
+        assert np.abs(wanted - run.get_tensor(target)).max() <= 1
+    assert seen == 8
+
+
+def test_ranges_are_those_of_calibration(file, prepared):
+    model = Model(file("w8a8"))
+    layers = [layer for layer in prepared.program.layers.values() if layer.input_range]
+    operators = [o for o, weight in model.layers() if int(o.inputs[1]) == weight]
+    assert len(layers) == len(operators) == 8
+    for layer, operator in zip(layers, operators, strict=True):
+        for index, ends in (
+            (operator.inputs[0], layer.input_range),
+            (operator.outputs[0], layer.output_range),
+        ):
+            record = model.tensors[int(index)].quantization
+            scale, zero = float(record.scale[0]), int(record.zeroPoint[0])
+            assert scale * (-128 - zero) == pytest.approx(min(ends[0], 0), abs=0.51 * scale)
+            assert scale * (127 - zero) == pytest.approx(max(ends[1], 0), abs=0.51 * scale)
+
+
+def test_a_dynamic_layer_quantises_its_input_row_by_row(file, prepared):
+    path = file("w8a8-dynamic")
+    model = Model(path)
+    run = run_keeping_all(path, prepared)
+    for operator, weight in model.layers():
+        if int(operator.inputs[1]) != weight:
+            continue
+        x = run.get_tensor(int(operator.inputs[0])).astype(np.float64)
+        low = np.minimum(x.min(axis=-1, keepdims=True), 0)
+        step = (np.maximum(x.max(axis=-1, keepdims=True), 0) - low) / 255
+        rounded = np.round((x - low) / step) * step + low
+        scale = np.asarray(model.tensors[weight].quantization.scale, np.float64)
+        bias = np.asarray(model.buffer(int(operator.inputs[2])).data, np.uint8).view(np.float32)
+        wanted = rounded @ (model.values(weight) * scale[:, None]).T + bias
+        found = run.get_tensor(int(operator.outputs[0]))
+        # The zero of a kernel's input is a whole code, so its roundings fall elsewhere.
+        assert sqnr_db(wanted, found) > 38
+        unrounded = x @ (model.values(weight) * scale[:, None]).T + bias
+        assert 38 < sqnr_db(unrounded, found) < 60
+
+
+# --- mixtures ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixture(tiny_checkpoint: Path) -> Prepared:
+    model, _ = load_checkpoint(tiny_checkpoint)
+    return prepare(model, parse_recipe(MIXTURE), locate=False)
+
+
+def test_a_mixture_ships_each_layer_in_its_own_way(mixture, prepared, tmp_path):
+    path = tmp_path / "mixture.tflite"
+    path.write_bytes(store_layers(mixture.content, mixture.program))
+    # Tensors are numbered alike: the graph is the same, only numbers differ.
+    assert structure(path, mixture, prepared.taps, MIXTURE) >= STRUCTURE_DB
+    model = Model(path)
+    found = [
+        (model.type(weight), model.type(int(operator.inputs[0])), int(operator.inputs[1]) == weight)
+        for operator, weight in model.layers()
+    ]
+    float_int8, dynamic = ("INT8", "FLOAT32", False), ("INT8", "FLOAT32", True)
+    static, half = ("INT8", "INT8", True), ("FLOAT16", "FLOAT32", False)
+    single = ("FLOAT32", "FLOAT32", True)
+    assert found == [
+        float_int8,
+        *[dynamic] * 2,
+        *[static] * 4,
+        *[half] * 2,
+        *[single] * 4,
+    ]
+    task = get_task("eyelid")
+    outputs = run_samples(get_target("tflite").runtime(path), mixture.reference).outputs
+    for name, wanted in mixture.reference.exact.outputs.items():
+        error = max_error(wanted, outputs[name], task.error)
+        assert error <= budget_of(task, parse_recipe(MIXTURE))
+
+
+def test_every_precision_of_eight_bits_is_tested():
+    names = {n for n, p in PRECISIONS.items() if p.bits == 8 and n.startswith("w")}
+    assert names == set(RECIPES) <= set(get_target("tflite").supports)
