@@ -14,6 +14,9 @@ _SHRINK = np.linspace(1.0, 0.6, 9)
 """Shares of the largest weight that 4-bit scales are tried for."""
 _LLOYD_STEPS = 40
 
+_BLOCK_SCALE_BITS = 8
+"""Significant bits of a block's scale: LiteRT's kernels round them to bfloat16 (measured)."""
+
 
 @dataclass(frozen=True)
 class StoredWeight:
@@ -24,7 +27,8 @@ class StoredWeight:
         shape: of the weight, output channels first.
         codes: (out, in) with all but the first axis flat. Integers: int8, symmetric, so that
             -2^(bits-1) does not occur. Palettes: uint8 indices.
-        scale: (out, blocks) float32, each a half-precision number; empty for palettes.
+        scale: (out, blocks) float32, each a half-precision number, in blocks one of 8 significant
+            bits; empty for palettes.
         table: (groups, 2^bits) float32, half-precision numbers, ``PALETTE_GROUP`` output channels
             to a group; empty for integers.
     """
@@ -76,12 +80,13 @@ def _quantize(
     top = 2 ** (bits - 1) - 1
     blocks = flat.reshape(len(flat), -1, block)
     largest = np.abs(blocks).max(axis=2)
-    best = scale = _ceil_to_half(largest / top)
+    kept = 11 if bits == 8 else _BLOCK_SCALE_BITS
+    best = scale = _ceil_to_half(largest / top, kept)
     codes = _round_to(blocks, best, top)
     if bits < 8:
         least = _squared_error(blocks, codes, best)
         for share in _SHRINK[1:]:
-            scale = _ceil_to_half(largest * share / top)
+            scale = _ceil_to_half(largest * share / top, kept)
             tried = _round_to(blocks, scale, top)
             error = _squared_error(blocks, tried, scale)
             better = error < least
@@ -103,10 +108,17 @@ def _squared_error(
     return ((codes * scale[..., None] - blocks) ** 2).sum(axis=2)
 
 
-def _ceil_to_half(values: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Round up to numbers of half precision, above zero: Core ML stores scales in it."""
+def _ceil_to_half(values: NDArray[np.floating], significant: int) -> NDArray[np.float32]:
+    """Round up to numbers of half precision, above zero: Core ML stores scales in it.
+
+    Args:
+        values: not negative.
+        significant: bits that are kept, of the 11 that half precision has.
+    """
     half = values.astype(np.float16)
     half = np.where(half < values, np.nextafter(half, np.float16(np.inf)), half)
+    step = 1 << (11 - significant)
+    half = ((half.view(np.uint16) + (step - 1)) // step * step).astype(np.uint16).view(np.float16)
     return np.maximum(half, np.finfo(np.float16).smallest_subnormal).astype(np.float32)
 
 

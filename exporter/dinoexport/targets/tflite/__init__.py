@@ -21,6 +21,7 @@ class TfliteTarget(Target):
         "w8a8-dynamic": "CPUs: the fastest, 0.4 of fp32's time; GPUs unpack it",
         "w8a8": "CPUs",
         "w8a16": "CPUs",
+        "w4-block32": "CPUs",
     }
 
     def lower(

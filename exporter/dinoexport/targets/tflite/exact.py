@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dinoexport.targets.tflite.graph import TORCH_ORDER, Graph, Kind, Type
 
-_CODES = (Type.INT8,)
+_CODES = (Type.INT8, Type.INT4)
 _WIDE = {Type.INT32: np.int32, Type.INT64: np.int64}
 _HALF_A_STEP = 0.501
 
@@ -74,11 +74,22 @@ def _weight(graph: Graph, index: int) -> NDArray[np.float64]:
     Kernels take their zero points for 0; a file in which they are not is a wrong one.
     """
     record = graph.tensor(index).quantization
+    if graph.tensor(index).type == Type.INT4:
+        return _blocks(graph, index, record.details)
     codes = np.frombuffer(graph.data(index), np.int8).reshape(graph.shape(index))
     shape = [1] * codes.ndim
     shape[record.quantizedDimension] = -1
     zero = np.asarray(record.zeroPoint, np.float64).reshape(shape)
     return (codes - zero) * np.asarray(record.scale, np.float64).reshape(shape)
+
+
+def _blocks(graph: Graph, index: int, details: Any) -> NDArray[np.float64]:
+    """Return what 4-bit integers stand for, two to a byte, the first one in the lower half."""
+    pairs = np.frombuffer(graph.data(index), np.uint8)
+    codes = np.stack((pairs & 15, pairs >> 4), axis=-1).astype(np.float64)
+    codes = np.where(codes > 7, codes - 16, codes).reshape(-1, details.blockSize)
+    scales = np.frombuffer(graph.data(details.scales), np.float16).astype(np.float64)
+    return (codes * scales[:, None]).reshape(graph.shape(index))
 
 
 def _bias(graph: Graph, index: int) -> NDArray[np.float64]:

@@ -139,7 +139,11 @@ class Graph:
     def _drop_unread_(self) -> None:
         ports = [int(i) for i in (*self._graph.inputs, *self._graph.outputs)]
         ends = [i for o in self.operators for i in (*o.inputs, *o.outputs) if i >= 0]
-        place = {old: new for new, old in enumerate(sorted({*ports, *ends}))}
+        blocks = {i: d for i in ends if (d := _blocks(self.tensor(i))) is not None}
+        kept = sorted({*ports, *ends, *(details.scales for details in blocks.values())})
+        place = {old: new for new, old in enumerate(kept)}
+        for details in blocks.values():
+            details.scales = place[details.scales]
         self._graph.tensors = [self._graph.tensors[old] for old in place]
         self._graph.inputs = [place[int(i)] for i in self._graph.inputs]
         self._graph.outputs = [place[int(i)] for i in self._graph.outputs]
@@ -168,6 +172,30 @@ def per_channel(scale: NDArray[np.float32], axis: int = 0) -> Any:
     record.zeroPoint = np.zeros(len(scale), np.int64)
     record.quantizedDimension = axis
     return record
+
+
+def per_block(scales: int, block: int) -> Any:
+    """Return the record of symmetric integers with a scale per output channel and block of inputs.
+
+    Args:
+        scales: tensor that holds them in half precision, (out, blocks).
+        block: inputs that share one.
+    """
+    details: Any = schema.BlockwiseQuantizationT()
+    details.scales = scales
+    details.zeroPoints = -1
+    details.blockSize = block
+    record: Any = schema.QuantizationParametersT()
+    record.detailsType = schema.QuantizationDetails.BlockwiseQuantization
+    record.details = details
+    return record
+
+
+def _blocks(tensor: Any) -> Any:
+    """Return where the scales of a tensor's blocks are, None where it has no blocks."""
+    record = tensor.quantization
+    wanted = schema.QuantizationDetails.BlockwiseQuantization
+    return record.details if record is not None and record.detailsType == wanted else None
 
 
 def per_tensor(scale: float, zero_point: int) -> Any:

@@ -4,6 +4,8 @@ with, and linear layers whose activations are quantised become integer operators
     w8            codes → DEQUANTIZE → FULLY_CONNECTED        (unpacked once, when a file is loaded)
     w8a8-dynamic  FULLY_CONNECTED of codes                    (its kernel quantises its input)
     w8a8, w8a16   QUANTIZE → FULLY_CONNECTED of codes → DEQUANTIZE
+    w4-block32    as w8a8-dynamic; LiteRT has no other kernel for blocks, and none for convolutions,
+                  whose numbers half precision holds
 """
 
 import hashlib
@@ -23,6 +25,7 @@ from dinoexport.targets.tflite.graph import (
     Graph,
     Kind,
     Type,
+    per_block,
     per_channel,
     per_tensor,
 )
@@ -47,7 +50,9 @@ def store_layers(content: bytes, program: CapturedProgram) -> bytes:
     writer = _Writer(graph)
     for index, operator in enumerate(graph.operators):
         layer = layers.get(index)
-        if layer is None or layer.stored is None:
+        blocks = layer is not None and layer.stored is not None and layer.stored.precision.block
+        in_half = blocks and graph.kind(operator) != Kind.FULLY_CONNECTED
+        if layer is None or layer.stored is None or in_half:
             writer.write(operator)
         else:
             writer.write_layer(operator, layer, layer.stored)
@@ -147,6 +152,11 @@ class _Writer:
         if layer.precision.activations in _CODES:
             self._write_static(operator, layer, stored)
             return
+        if stored.precision.block:
+            operator.inputs[1] = self._blocks(operator.inputs[1], stored)
+            self._graph.set_version(operator, 10)
+            self.operators.append(operator)
+            return
         weight = self._codes(operator, stored)
         if layer.precision.activations is Activations.INT8_DYNAMIC:
             self._graph.set_version(operator, 12)
@@ -168,6 +178,21 @@ class _Writer:
             scale = per_channel(stored.scale[:, 0], axis=order[0])
             self._packed[key] = graph.add_constant(
                 graph.name(source), shape, Type.INT8, codes, scale
+            )
+        return self._packed[key]
+
+    def _blocks(self, source: int, stored: StoredWeight) -> int:
+        """Add 4-bit integers, two to a byte, the first one in the lower half."""
+        graph = self._graph
+        key = (source, Type.INT4)
+        if key not in self._packed:
+            name, shape = graph.name(source), graph.shape(source)
+            half = stored.scale.astype(np.float16)
+            scales = graph.add_constant(f"{name}/scales", half.shape, Type.FLOAT16, half)
+            codes = stored.codes.reshape(-1).view(np.uint8) & 15
+            pairs = codes[0::2] | codes[1::2] << 4
+            self._packed[key] = graph.add_constant(
+                name, shape, Type.INT4, pairs, per_block(scales, stored.block)
             )
         return self._packed[key]
 
