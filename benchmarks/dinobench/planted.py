@@ -1,6 +1,6 @@
-"""A classifier of digits whose backbone has outlier channels where DINOv2-B has them: a few channels
-of the residual stream, and a few hidden units of MLPs, reach 100 times as far as the others in the
-middle blocks.
+"""A classifier of digits whose backbone has outlier channels where DINOv2-B has them: a few
+channels of the residual stream, and a few hidden units of MLPs, reach 100 times as far as the
+others in the middle blocks.
 
 The backbone is random and the linear head is fitted on its features, outliers and all, so the
 trained model reads digits well, and no download is needed.

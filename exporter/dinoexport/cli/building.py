@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from dinoexport.cli.app import Checkpoint, ImageSize, Json, Seed, TaskName, app
+from dinoexport.cli.budget import AUTO, build_by_budget
 from dinoexport.cli.output import (
     FAILED,
     check_file,
@@ -14,6 +15,7 @@ from dinoexport.cli.output import (
     parse_size,
     print_json,
 )
+from dinotrain.errors import UsageError
 
 
 @app.command()
@@ -24,7 +26,9 @@ def build(
         "artifacts"
     ),
     checkpoint: Checkpoint = None,
-    precision: Annotated[str, typer.Option(help="A recipe; see `dinoexport list`.")] = "fp16",
+    precision: Annotated[
+        str, typer.Option(help="A recipe, see `dinoexport list recipes`; or auto.")
+    ] = "fp16",
     image_size: ImageSize = None,
     minimum_ios: Annotated[
         int, typer.Option(min=16, max=18, help="Core ML only: 16, 17 or 18.")
@@ -45,6 +49,21 @@ def build(
         str, typer.Option(help="How ranges are chosen: min-max, percentile, mse, entropy.")
     ] = "min-max",
     seed: Seed = 0,
+    max_error_mm: Annotated[
+        float | None, typer.Option(min=0, help="With --precision auto, task eyelid.")
+    ] = None,
+    max_top1_drop: Annotated[
+        float | None, typer.Option(min=0, max=1, help="With --precision auto, task classify.")
+    ] = None,
+    max_miou_drop: Annotated[
+        float | None, typer.Option(min=0, max=1, help="With --precision auto, task segment.")
+    ] = None,
+    prefer: Annotated[
+        str, typer.Option(help="With --precision auto: the least size, or speed.")
+    ] = "size",
+    held_out: Annotated[
+        int, typer.Option(min=8, help="With --precision auto: samples that recipes are judged on.")
+    ] = 32,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built.")] = False,
     json: Json = False,
 ) -> None:
@@ -63,6 +82,17 @@ def build(
         layout=layout,
         calibration=CalibrationRequest(calibration, calibration_count, seed, observer),
     )
+    drops = {
+        "max-error-mm": max_error_mm,
+        "max-top1-drop": max_top1_drop,
+        "max-miou-drop": max_miou_drop,
+    }
+    if precision == AUTO:
+        build_by_budget(request, drops, prefer, held_out, dry_run, json)
+        return
+    given = next((name for name, value in drops.items() if value is not None), None)
+    if given is not None:
+        raise UsageError(f"--{given} is a budget of --precision auto, and {precision} is asked for")
     plan = plan_build(request)
     check_folder(out)
     if dry_run:
@@ -71,11 +101,7 @@ def build(
     from dinoexport.console import Reporter
 
     result = run_build(request, Reporter())
-    if json:
-        print_json({"passed": result.passed, "bundles": [bundle_json(b) for b in result.bundles]})
-    else:
-        for bundle in result.bundles:
-            print_verdict(str(bundle.path), bundle.verdict, bundle.size_bytes)
+    print_bundles(result.bundles, json)
     if not result.passed:
         raise typer.Exit(FAILED)
 
@@ -174,6 +200,16 @@ def bundle_json(bundle: Any) -> dict[str, Any]:
         "size_bytes": bundle.size_bytes,
         "parity": _verdict_json(bundle.verdict),
     }
+
+
+def print_bundles(bundles: Any, json: bool, more: dict[str, Any] | None = None) -> None:
+    """Print what was built, with its verdicts."""
+    if json:
+        passed = bool(bundles) and all(b.verdict.passed for b in bundles)
+        print_json({"passed": passed, "bundles": [bundle_json(b) for b in bundles]} | (more or {}))
+        return
+    for bundle in bundles:
+        print_verdict(str(bundle.path), bundle.verdict, bundle.size_bytes)
 
 
 def print_verdict(title: str, verdict: Any, size_bytes: int | None = None) -> None:

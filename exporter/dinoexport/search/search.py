@@ -1,5 +1,6 @@
 """The search: sensitivity of each group, mixtures by simulation, artifacts by measurement."""
 
+import copy
 import dataclasses
 import hashlib
 import statistics
@@ -40,12 +41,13 @@ from dinoexport.targets.table import get_target
 from dinoexport.verify.reference import Reference, make_reference
 from dinotrain.digests import digest
 from dinotrain.errors import DinoError, UsageError
-from dinotrain.model import TaskModel
 from dinotrain.tasks import get_task
 
 SIMULATED_SAMPLES = 12
 """Of the calibration pictures, that simulations run on."""
 TIMED_RUNS = 7
+IMPOSSIBLE = 1e30
+"""JSON has no infinity."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,11 @@ class Search:
         self.log = log
         self.task = get_task(plan.config.task)
         with reporter.step(f"load {plan.checkpoint.name}"):
-            self.model: TaskModel = load_model(plan)
+            model = load_model(plan)
             self.sha256 = digest(plan.checkpoint)
         with reporter.step("reference (PyTorch float32)"):
-            self.reference: Reference = make_reference(self.model, self.sha256)
+            self.reference: Reference = make_reference(model, self.sha256)
+            self._deploy = make_deploy_model(model, self.plan, self.reference)
         pictures = read_pictures(plan, self.reference)
         self.held_out: HeldOut = read_held_out(
             self.task,
@@ -162,7 +165,7 @@ class Search:
         return self.plan.name.removesuffix(f"-{self.plan.recipe.name}")
 
     def _make(self) -> DeployModel:
-        return make_deploy_model(self.model, self.plan, self.reference)
+        return copy.deepcopy(self._deploy)
 
     def _key(self, target: Target) -> str:
         """Digest of all that measurements depend on."""
@@ -195,8 +198,7 @@ class Search:
 
             def drop_of(recipe: Recipe) -> float:
                 if recipe.name not in state.drops:
-                    outputs, _ = self.simulation.run(recipe)
-                    state.drops[recipe.name] = self.task.drop(self.simulation.expected, outputs)
+                    state.drops[recipe.name] = self._simulate(recipe)
                     keep()
                 return state.drops[recipe.name]
 
@@ -204,6 +206,15 @@ class Search:
                 mixture = propose_mixture(base, raised, noise, self.request.budget, drop_of)
             if mixture is not None:
                 yield mixture
+
+    def _simulate(self, recipe: Recipe) -> float:
+        """Drop of a recipe on calibration pictures; beyond all budgets where it cannot be built."""
+        try:
+            outputs, _ = self.simulation.run(recipe)
+        except BuildError:
+            # With most groups raised, no layer may be left whose activations are quantised.
+            return IMPOSSIBLE
+        return self.task.drop(self.simulation.expected, outputs)
 
     def _applies(self, base: Precision) -> bool:
         try:
@@ -240,7 +251,7 @@ class Search:
             quiet(self.log),
         ):
             target.check(recipe)
-            deploy = make_deploy_model(self.model, plan, self.reference)
+            deploy = self._make()
             layers = prepare_(deploy, recipe, self.calibration)
             program = capture_deploy(deploy, recipe, layers)
             path = Path(folder) / f"model{target.suffix}"

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import final
 
 from dinoexport.graph.capture import CapturedProgram
+from dinoexport.recipes import Activations
 from dinoexport.targets.base import LowerOptions, Runtime, Target
 
 
 @final
 class OnnxTarget(Target):
-    """Opset 20; fp16 computes in half precision except the decoder, quantised recipes in float32
-    around their integer products.
+    """Opset 20; fp16 computes in half precision except the decoder; what is quantised computes in
+    float32 around its integer products.
     """
 
     name = "onnx"
@@ -20,13 +21,15 @@ class OnnxTarget(Target):
     supports = {  # noqa: RUF012
         "fp32": "everywhere",
         "fp16": "everywhere; faster on GPUs and NPUs, not on CPUs",
-        "w8": "everywhere; small, and as fast as fp32: weights are unpacked while it loads",
-        "w8a8": "CPUs: 0.45 of fp32's time (ViT-S at 224, one thread, host)",
-        "w8a8-dynamic": "CPUs: 0.44 of fp32's time (ViT-S at 224, one thread, host)",
-        "w8a16": "everywhere (opset 21); as fast as fp32, no accelerator was tried",
-        "w4-block32": "everywhere; small, and as fast as fp32: weights are unpacked while it loads",
-        "pal8": "everywhere; small, and as fast as fp32: weights are looked up while it loads",
-        "pal4": "everywhere; small, and as fast as fp32: weights are looked up while it loads",
+        "w8": "everywhere; a quarter of fp32's size at its speed: weights are unpacked on loading",
+        "w8a8": "CPUs; 0.46 of fp32's time (ViT-S at 224, one thread, host), 0.62 at 518",
+        "w8a8-dynamic": "CPUs; 0.44 of fp32's time (ViT-S at 224, one thread, host), 0.54 at 518, "
+        "there with onnxruntime's own MultiHeadAttention",
+        "w8a16": "everywhere, opset 21; no faster than fp32 on a CPU, no accelerator was tried",
+        "w4-block32": "everywhere; a seventh of fp32's size at its speed: weights are unpacked on "
+        "loading",
+        "pal8": "everywhere; as w8, with smaller errors",
+        "pal4": "everywhere; as w4-block32, with larger errors",
     }
 
     def lower(
@@ -37,6 +40,7 @@ class OnnxTarget(Target):
         metadata: Mapping[str, str],
     ) -> dict[str, str]:
         """Write a checked .onnx file."""
+        from dinoexport.targets.onnx.attention import fuse_attention_
         from dinoexport.targets.onnx.constants import store_constants_in_half_
         from dinoexport.targets.onnx.integer import quantize_layers_
         from dinoexport.targets.onnx.lower import locate_taps, lower, save
@@ -47,6 +51,9 @@ class OnnxTarget(Target):
             to_half_precision_(model, program.decode_nodes)
         elif program.recipe.name != "fp32":
             quantize_layers_(model, program.layers)
+            if any(p.activations is Activations.INT8_DYNAMIC for p in program.recipe.precisions):
+                # It runs on CPUs alone, and onnxruntime's have this operator.
+                fuse_attention_(model)
             store_constants_in_half_(model)
         save(model, path, metadata)
         return locate_taps(model, program.tap_nodes)

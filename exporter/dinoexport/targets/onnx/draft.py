@@ -41,6 +41,10 @@ def replace_nodes_(model: ModelProto, nodes: Sequence[NodeProto]) -> None:
         copies.append(copy)
     del model.graph.node[:]
     model.graph.node.extend(copies)
-    # Stale types; shape inference writes them anew.
+    # Stale types; shape inference writes them anew, but for operators that it does not know.
+    foreign = {name for node in copies if node.domain for name in node.output}
+    known = [value for value in model.graph.value_info if value.name in foreign]
+    kept = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in known]
     del model.graph.value_info[:]
+    model.graph.value_info.extend(kept)
     model.CopyFrom(onnx.shape_inference.infer_shapes(model, strict_mode=True))
