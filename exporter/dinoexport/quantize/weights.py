@@ -13,6 +13,8 @@ from dinoexport.recipes import PALETTE_GROUP, PRECISIONS, Precision, WeightKind
 _SHRINK = np.linspace(1.0, 0.6, 9)
 """Shares of the largest weight that 4-bit scales are tried for."""
 _LLOYD_STEPS = 40
+_START_PARTS = 4
+"""Quantiles per point that the start of k-means is read from."""
 
 _BLOCK_SCALE_BITS = 8
 """Significant bits of a block's scale: LiteRT's kernels round them to bfloat16 (measured)."""
@@ -143,10 +145,12 @@ def _cluster(numbers: NDArray[np.float32], count: int) -> NDArray[np.float64]:
     best quantiser of many levels has (Panter and Dite, 1951).
     """
     values = np.sort(numbers.astype(np.float64))
-    density, edges = np.histogram(values, bins=4 * count)
-    share = np.cumsum(np.cbrt(density))
+    # Between two quantiles the density is one over their distance: their share of the points is
+    # distance^(2/3). Bins of equal width would leave the bulk of a long-tailed layer to a few.
+    quantiles = np.quantile(values, np.linspace(0, 1, _START_PARTS * count + 1))
+    share = np.concatenate(([0.0], np.cumsum(np.diff(quantiles) ** (2 / 3))))
     wanted = (np.arange(count) + 0.5) / count * share[-1]
-    centres = np.interp(wanted, share, edges[1:])
+    centres = np.interp(wanted, share, quantiles)
     total = np.concatenate(([0.0], np.cumsum(values)))
     for _ in range(_LLOYD_STEPS):
         ends = np.searchsorted(values, (centres[1:] + centres[:-1]) / 2)
