@@ -129,6 +129,13 @@ class BuildPlan:
         """Name of one target's bundle folder."""
         return f"{self.name}-{target}"
 
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the targets have to say of the recipe, a line each."""
+        options = LowerOptions(self.request.minimum_ios)
+        lines = (get_target(name).notice(self.recipe, options) for name in self.targets)
+        return tuple(line for line in lines if line)
+
 
 @dataclass(frozen=True)
 class BuiltBundle:
@@ -254,6 +261,8 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
     plan = plan_build(request)
     if plan.config.notice:
         reporter.say(plan.config.notice)
+    for notice in plan.notices:
+        reporter.say(notice)
     with lock_output(request.out):
         log = request.out / LOG
         with reporter.step(f"load {plan.checkpoint.name}"):

@@ -173,6 +173,7 @@ def _print_plan(plan: Any, json: bool) -> None:
         "precision": plan.recipe.name,
         "bundles": [str(plan.request.out / plan.bundle_name(t)) for t in plan.targets],
         "notice": plan.config.notice,
+        "notices": list(plan.notices),
     }
     if json:
         print_json({"dry_run": True} | facts)

@@ -18,7 +18,8 @@ class Candidate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         recipe: its name, which is all that is needed to build it again.
         size_bytes: of the artifact.
         error: on the held-out pictures, in the task's unit.
-        latency_ms: median on this host, one thread; None where this host cannot run the format.
+        latency_ms: median on this host, as the runtime is opened by default; None where the host
+            does not run the format as apps do.
     """
 
     recipe: str

@@ -26,7 +26,6 @@ from dinoexport.pipeline import (
 )
 from dinoexport.quantize.calibration import Calibration
 from dinoexport.quantize.collect import calibrate
-from dinoexport.quantize.layers import weighted_layers
 from dinoexport.quantize.observers import get_observer
 from dinoexport.quantize.pictures import HeldOut, read_held_out
 from dinoexport.quantize.prepare import assign_layers, prepare_
@@ -124,7 +123,6 @@ class Search:
         )
         with reporter.step(f"run float32 on {len(self.held_out.samples)} held-out samples"):
             self.expected = Simulation(self._make, self.calibration, self.held_out.samples).expected
-        self.groups = list(group_layers(weighted_layers(self._make())))
 
     def run(self, name: str) -> SearchResult:
         """Search one target; what an earlier run has measured is taken from its state.
@@ -218,7 +216,7 @@ class Search:
 
     def _applies(self, base: Precision) -> bool:
         try:
-            assign_layers(self._make(), Recipe(base))
+            assign_layers(self._deploy, Recipe(base))
         except BuildError:
             return False
         return True
@@ -226,18 +224,19 @@ class Search:
     def _sensitivity(
         self, base: Precision, state: SearchState, keep: Callable[[], None]
     ) -> dict[str, float]:
-        """Noise at the last tap with one group at ``base`` and all others in float32."""
+        """Noise with one group at ``base`` and all others in float32.
+
+        Groups that ``base`` leaves with float activations are not among those that can be raised to
+        them.
+        """
+        assigned = assign_layers(self._deploy, Recipe(base))
+        groups = list(group_layers(name for name, given in assigned.items() if given is base))
         known = state.noise.setdefault(base.name, {})
-        missing = [group for group in self.groups if group not in known]
+        missing = [group for group in groups if group not in known]
         with self.reporter.step(f"sensitivity at {base.name}") as step:
             for done, group in enumerate(missing, start=1):
-                try:
-                    recipe = raise_groups(PRECISIONS["fp32"], [group], base)
-                    known[group] = self.simulation.run(recipe)[1]
-                except BuildError:
-                    # Its activations cannot be quantised: it has the same weights all the same.
-                    recipe = raise_groups(PRECISIONS["fp32"], [group], base.weights_only())
-                    known[group] = self.simulation.run(recipe)[1]
+                recipe = raise_groups(PRECISIONS["fp32"], [group], base)
+                known[group] = self.simulation.run(recipe)[1]
                 keep()
                 step.update(done, len(missing))
         return known

@@ -34,27 +34,42 @@ class Simulation:
         self._make = make
         self._calibration = calibration
         self._samples = samples
-        self.expected, self._features = _run(make(), samples)
+        self.expected, self._logits = _run(make(), samples)
 
     def run(self, recipe: Recipe) -> tuple[Outputs, float]:
-        """Return the outputs of a recipe, samples first, and the noise at the last tap: the mean
-        of squared differences over that of squares.
+        """Return the outputs of a recipe, samples first, and how noisy they are.
+
+        Noise is the mean of squared differences over the variance, of outputs that are no whole
+        numbers; where all are (a class map), of the logits.
         """
         model = self._make()
         layers = prepare_(model, recipe, self._calibration)
         with simulated(model, layers):
-            outputs, features = _run(model, self._samples)
-        noise = ((features - self._features) ** 2).mean() / (self._features**2).mean()
-        return outputs, float(noise)
+            outputs, logits = _run(model, self._samples)
+        pairs = [
+            (value, outputs[name])
+            for name, value in self.expected.items()
+            if value.dtype.kind == "f"
+        ] or [(self._logits, logits)]
+        return outputs, float(np.mean([_noise(wanted, found) for wanted, found in pairs]))
+
+
+def _noise(wanted: np.ndarray, found: np.ndarray) -> float:
+    # A constant output, such as an interval's width, varies by nothing.
+    variance = max(float(wanted.var()), float(np.finfo(np.float32).tiny))
+    return float(((found - wanted) ** 2).mean()) / variance
 
 
 @torch.no_grad()
 def _run(model: DeployModel, samples: Sequence[dict[str, Pixels]]) -> tuple[Outputs, np.ndarray]:
+    """Return outputs and flat logits of some samples."""
     outputs: dict[str, list[np.ndarray]] = {}
-    features = []
+    logits: list[np.ndarray] = []
+    hook = model.head.register_forward_hook(
+        lambda _module, _inputs, given: logits.append(given.reshape(-1).numpy())
+    )
     for sample in samples:
-        got, taps = model.run(tuple(to_pixels(model, sample)))
-        for name, value in got.items():
+        for name, value in model.run(tuple(to_pixels(model, sample)))[0].items():
             outputs.setdefault(name, []).append(value[0].numpy())
-        features.append(taps[model.tap_names[-1]].reshape(-1).numpy())
-    return {name: np.stack(values) for name, values in outputs.items()}, np.stack(features)
+    hook.remove()
+    return {name: np.stack(values) for name, values in outputs.items()}, np.stack(logits)

@@ -126,6 +126,10 @@ class Target(ABC):
                     f"It has {', '.join(self.supports)}; see `dinoexport list`."
                 )
 
+    def notice(self, recipe: Recipe, options: LowerOptions) -> str:
+        """Return what the user should know before an artifact is built, in one line, or nothing."""
+        return ""
+
     def minimum_os(self, recipe: Recipe, options: LowerOptions) -> str:
         """Return the oldest system that runs the artifact, as the manifest says it."""
         return ""

@@ -99,6 +99,16 @@ def test_dry_run_writes_nothing(run, tiny_checkpoint, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_raised_system_is_told(run, tiny_checkpoint, tmp_path) -> None:
+    arguments = ["build", "--task", "eyelid", "--target", "coreml", "--checkpoint", tiny_checkpoint]
+    arguments += ["--out", tmp_path / "out", "--dry-run", "--precision"]
+    told = "coreml: pal4 needs iOS 18; iOS 17 cannot open the package"
+    assert run(*arguments, "pal4", "--json").json["notices"] == [told]
+    assert told in run(*arguments, "pal4").out
+    assert run(*arguments, "pal4", "--minimum-ios", "18", "--json").json["notices"] == []
+    assert run(*arguments, "w8", "--json").json["notices"] == []
+
+
 @pytest.mark.parametrize(
     ("option", "typed", "says"),
     [

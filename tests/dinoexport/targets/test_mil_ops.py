@@ -61,7 +61,7 @@ def evaluate(
     )
     path = folder / "case.mlpackage"
     model.save(str(path))
-    outputs = PackageEvaluator(path).run(dict(zip(names, arrays, strict=True)), False).outputs
+    outputs = PackageEvaluator(path).run(dict(zip(names, arrays, strict=True)), True).outputs
     return [outputs[f"out{index}"] for index in range(len(outputs))]
 
 

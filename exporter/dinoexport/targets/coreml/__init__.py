@@ -81,6 +81,13 @@ class CoremlTarget(Target):
 
         return dict(PackageEvaluator(path).counts.most_common())
 
+    def notice(self, recipe: Recipe, options: LowerOptions) -> str:
+        """Tell which iOS the recipe raises the package to."""
+        needed, asked = needed_ios(recipe, options), options.minimum_ios
+        if needed == asked:
+            return ""
+        return f"{self.name}: {recipe.name} needs iOS {needed}; iOS {asked} cannot open the package"
+
     def minimum_os(self, recipe: Recipe, options: LowerOptions) -> str:
         """Return the iOS and macOS versions that the specification asks for."""
         return name_systems(needed_ios(recipe, options))

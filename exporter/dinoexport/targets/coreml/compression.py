@@ -11,6 +11,7 @@ After, at w8a8:
     x → quantize → dequantize             → linear(x, weight, bias)
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,13 @@ PASS = "dinoexport::compress_weights"
 mb: Any = Builder
 """Its methods, one per operation, exist only at run time."""
 
+
+PIXEL_STEP = 256
+"""What pixels are divided by where a scale would be below the normal numbers of half precision.
+
+A layer that reads 0 to 255 has mean and std folded into its weights, and scales of 1e-5; hardware
+that takes such numbers for zero would lose the whole layer. By a power of two nothing is rounded.
+"""
 
 _WEIGHTED = ("linear", "conv")
 
@@ -82,7 +90,10 @@ class compress_weights(AbstractGraphPass):  # noqa: N801 (coremltools names pass
             if layer is None or layer.stored is None:
                 continue
             found.append(layer.stored)
-            changed = {"weight": self._packed(operation, layer, done)}
+            factor = _pixel_factor(operation, layer.stored)
+            changed = {"weight": self._packed(operation, layer, factor, done)}
+            if factor != 1:
+                changed["x"] = _divided_input(operation, factor)
             if layer.precision.activations is Activations.INT8:
                 changed["x"] = _quantized_input(operation, layer, inputs)
             operation.set_inputs(**changed)
@@ -93,7 +104,7 @@ class compress_weights(AbstractGraphPass):  # noqa: N801 (coremltools names pass
                     f"weights have no place. Leave it out: {layer.name}=fp16."
                 )
 
-    def _packed(self, operation: Any, layer: Layer, done: dict[int, Any]) -> Any:
+    def _packed(self, operation: Any, layer: Layer, factor: int, done: dict[int, Any]) -> Any:
         """Return the variable of the packed weights; those of a layer are packed once."""
         weight, stored = operation.weight, layer.stored
         if id(weight) in done:
@@ -103,6 +114,8 @@ class compress_weights(AbstractGraphPass):  # noqa: N801 (coremltools names pass
                 f"coreml: the converter changed the weights of layer {layer.name}, so its "
                 f"quantised weights do not fit. Leave it out: {layer.name}=fp16."
             )
+        if stored.precision.kind is WeightKind.INT:
+            stored = dataclasses.replace(stored, scale=stored.scale * factor)
         pack = _pack_integers if stored.precision.kind is WeightKind.INT else _pack_palette
         with _beside(operation):
             done[id(weight)] = pack(weight, stored, operation, self.ios)
@@ -119,6 +132,29 @@ def _beside(operation: Any) -> Iterator[None]:
     ]
     with operation.enclosing_block, mb.scope(*scopes):
         yield
+
+
+def _pixel_factor(operation: Any, stored: StoredWeight) -> int:
+    """Return what the scales of a layer are multiplied with and its input is divided by."""
+    if operation.weight.dtype is not types.fp16 or not stored.scale.size:
+        return 1
+    tiny = float(stored.scale.min()) < np.finfo(np.float16).smallest_normal
+    return PIXEL_STEP if tiny and _reads_pixels(operation.x) else 1
+
+
+def _reads_pixels(var: Any) -> bool:
+    if var.op is None:
+        return True
+    if var.op.op_type == "cast":
+        return _reads_pixels(var.op.x)
+    return var.op.op_type == "concat" and all(map(_reads_pixels, var.op.values))
+
+
+def _divided_input(operation: Any, factor: int) -> Any:
+    x = operation.x
+    step = np.asarray(1 / factor, np.float16 if x.dtype is types.fp16 else np.float32)
+    with _beside(operation):
+        return mb.mul(x=x, y=step, before_op=operation, name=f"{x.name}_divided")
 
 
 def _equal(one: StoredWeight, other: StoredWeight) -> bool:
