@@ -10,8 +10,10 @@ from typing import Any
 import flatbuffers
 import litert_torch
 import numpy as np
+import torch
 from ai_edge_litert import schema_py_generated as schema
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from dinoexport.errors import BuildError
 from dinoexport.graph.capture import CapturedProgram
@@ -36,6 +38,7 @@ def _convert(
     program: CapturedProgram, exported: ExportedProgram, output_names: tuple[str, ...]
 ) -> bytes:
     adaptor = NhwcAdaptor(exported, program.input_names, output_names)
+    part_factors_(adaptor.core)
     with tempfile.TemporaryDirectory(prefix="dinoexport-") as folder:
         path = Path(folder) / "model.tflite"
         _check_space(Path(folder), exported)
@@ -51,6 +54,28 @@ def _convert(
             "Build with a smaller backbone."
         )
     return content
+
+
+def part_factors_(core: GraphModule) -> None:
+    """Multiply by a LayerNorm's weight behind it, in place, where it has no bias: smoothed ones.
+
+    litert-torch folds the weight of a LayerNorm into the linear layers that read it, which takes
+    the smoothing back, and their stored codes no longer fit. A factor of its own it leaves alone.
+
+    Before:  layer_norm(x; weight)
+    After:   layer_norm(x) · weight
+    """
+    for node in list(core.graph.nodes):
+        if node.target != torch.ops.aten.layer_norm.default or len(node.args) < 3:
+            continue
+        x, shape, weight, *rest = node.args
+        if weight is None or (rest and rest[0] is not None):
+            continue
+        with core.graph.inserting_after(node):
+            scaled = core.graph.call_function(torch.ops.aten.mul.Tensor, (node, weight))
+        node.replace_all_uses_with(scaled, delete_user_cb=lambda user, own=scaled: user is not own)
+        node.args = (x, shape, None, *rest)
+    core.recompile()
 
 
 def _check_space(folder: Path, exported: ExportedProgram) -> None:
