@@ -162,9 +162,9 @@ def test_the_full_precision_file_has_no_half(built):
 def test_only_weights_are_half(built):
     graph = Graph(open_bundle(built("tflite", "fp16")).artifact)
     half = {i for i in range(len(graph.tensors)) if graph.type(i) == "FLOAT16"}
-    # Patch, four layers in each of two blocks, two in each of two heads.
+    # Patch, six layers in each of two blocks, two in each of two heads.
     assert half == set(graph.weights())
-    assert len(half) == 1 + 2 * 4 + 2 * 2
+    assert len(half) == 1 + 2 * 6 + 2 * 2
     assert half <= set(graph.constants())
     for _, inputs, _ in graph.operators:
         for index in inputs[2:]:
