@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 TARGETS = ("onnx", "coreml", "tflite")
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 STEP = re.compile(
-    r"\S? ?(load tiny\.safetensors|reference \(PyTorch float32\)|capture at fp16"
+    r"\S? ?(load tiny\.safetensors|reference \(PyTorch float32\)|prepare for fp16|capture"
     r"|lower to (onnx|coreml|tflite)|verify (onnx|coreml|tflite))( .*)?"
 )
 
@@ -116,7 +116,7 @@ def test_a_raised_system_is_told(run, tiny_checkpoint, tmp_path) -> None:
         ("--target", "onx", "unknown target 'onx'. Did you mean 'onnx'?"),
         ("--target", "core-ml", "unknown target 'core-ml'. Did you mean 'coreml'?"),
         ("--precision", "fp61", "unknown precision 'fp61'. Did you mean 'fp16'?"),
-        ("--precision", "int8", "unknown precision 'int8'. Known: fp16, fp32."),
+        ("--precision", "int8", "unknown precision 'int8'. Known: fp16, fp32, pal4"),
         ("--minimum-ios", "12", "Invalid value '12' for '--minimum-ios'"),
         ("--image-size", "60", "image size 56, and --image-size 60 is not a multiple of the patch "
          "size 14. Use 56 or 70."),
