@@ -21,7 +21,7 @@ from dinotrain.errors import UsageError
 @app.command()
 def build(
     task: TaskName,
-    target: Annotated[str, typer.Option(help="onnx, coreml, tflite, or all.")],
+    target: Annotated[str, typer.Option(help="onnx, coreml, tflite, several with commas, or all.")],
     out: Annotated[Path, typer.Option(help="Folder that receives one bundle per target.")] = Path(
         "artifacts"
     ),

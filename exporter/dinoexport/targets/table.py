@@ -20,10 +20,12 @@ def get_target(name: str) -> Target:
     return getattr(import_module(module), cls)()
 
 
-def expand_targets(name: str) -> list[str]:
-    """``all`` → every target, anything else → itself, checked."""
-    if name == "all":
+def expand_targets(names: str) -> list[str]:
+    """``all`` → every target; ``onnx,tflite`` → each of them once, checked."""
+    if names == "all":
         return list(TABLE)
-    if name not in TABLE:
-        raise unknown_name("target", name, [*TABLE, "all"])
-    return [name]
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",")))
+    for name in chosen:
+        if name not in TABLE:
+            raise unknown_name("target", name, [*TABLE, "all"])
+    return chosen
