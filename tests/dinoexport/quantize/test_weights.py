@@ -42,7 +42,7 @@ def test_int4_has_a_scale_per_block_of_the_least_error(weight) -> None:
     error = ((stored.values().reshape(blocks.shape) - blocks) ** 2).sum(axis=2)
     # Scales keep 8 bits, so steps are up to 2⁻⁷ wider than the plain ones.
     assert (error <= 1.05 * ((plain - blocks) ** 2).sum(axis=2)).all()
-    assert error.sum() < 0.95 * ((plain - blocks) ** 2).sum()
+    assert error.sum() < 0.97 * ((plain - blocks) ** 2).sum()
 
 
 def test_int4_whose_blocks_do_not_fit_becomes_int8() -> None:
