@@ -40,8 +40,9 @@ def test_int4_has_a_scale_per_block_of_the_least_error(weight) -> None:
     largest = np.abs(blocks).max(axis=2, keepdims=True) / 7
     plain = np.clip(np.round(blocks / largest), -7, 7) * largest
     error = ((stored.values().reshape(blocks.shape) - blocks) ** 2).sum(axis=2)
-    assert (error <= 1.01 * ((plain - blocks) ** 2).sum(axis=2)).all()
-    assert error.sum() < 0.95 * ((plain - blocks) ** 2).sum()
+    # Scales keep 8 bits, so steps are up to 2⁻⁷ wider than the plain ones.
+    assert (error <= 1.05 * ((plain - blocks) ** 2).sum(axis=2)).all()
+    assert error.sum() < 0.97 * ((plain - blocks) ** 2).sum()
 
 
 def test_int4_whose_blocks_do_not_fit_becomes_int8() -> None:
@@ -107,9 +108,10 @@ def test_zeros_tiny_and_huge_weights_survive(precision) -> None:
         assert np.isfinite(values).all()
         if not size:
             assert not values.any()
-        # Half precision has no number below 6e-8, which is then the least step.
-        error = np.abs(values - row).max()
-        assert error <= max(size / (4 if precision.bits == 4 else 16), 6e-8), size
+        # Half precision has no number below 6e-8, which is then the least step; 4-bit scales, of
+        # which 8 bits are kept, have none below 4.8e-7.
+        least, steps = (4.8e-7, 4) if precision.bits == 4 else (6e-8, 16)
+        assert np.abs(values - row).max() <= max(size / steps, least), size
 
 
 def test_convolutions_keep_their_shape() -> None:
