@@ -39,8 +39,8 @@ def test_recipe_passes_on_each_target(recipe: str, tmp_path: Path) -> None:
     assert [bundle.target for bundle in result.bundles] == names
     for built in result.bundles:
         check_verdict(built.verdict, built.target)
-        # Quantised weights are what an artifact mostly is.
-        assert built.size_bytes < 0.6 * FP16_BYTES, built.target
+        # Quantised weights are what an artifact mostly is; the mixture keeps a block in half.
+        assert built.size_bytes < (0.65 if ":" in recipe else 0.6) * FP16_BYTES, built.target
         bundle = open_bundle(built.path)
         assert bundle.manifest.precision == recipe
         assert bundle.artifact.name.startswith(f"eyelid-vitti14_eyes-224-{recipe}")
