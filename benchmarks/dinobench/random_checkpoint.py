@@ -1,4 +1,4 @@
-"""Write a ViT-S/14 checkpoint of random weights, in a process of its own: benchmarks have no torch.
+"""Write a checkpoint of random weights, in a process of its own: benchmarks have no torch.
 
 Cost does not depend on what the weights are, and no download is needed.
 """
@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import cast
 
 
-def write(path: Path) -> Path:
-    """Write the checkpoint: dinov2_vits14 at 224, an MLP head, every weight random."""
+def write(path: Path, variant: str = "dinov2_vits14", side: int = 224) -> Path:
+    """Write the checkpoint: a published variant, an MLP head, every weight random.
+
+    Args:
+        path: of the file.
+        variant: hub name.
+        side: of the square image, in pixels.
+    """
     import torch
 
     from dinotrain.backbones.vit import VARIANTS, VisionTransformer, init_weights_
@@ -20,8 +26,8 @@ def write(path: Path) -> Path:
     torch.manual_seed(0)
     config = CheckpointConfig(
         task="eyelid",
-        backbone=VARIANTS["dinov2_vits14"],
-        image_size=(224, 224),
+        backbone=VARIANTS[variant],
+        image_size=(side, side),
         head=HeadConfig(kind="mlp"),
         trained_on="nothing (random weights)",
         notice="Random weights.",
@@ -36,4 +42,4 @@ def write(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    write(Path(sys.argv[1]), *sys.argv[2:3], *map(int, sys.argv[3:4]))

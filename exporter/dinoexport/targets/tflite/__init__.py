@@ -46,7 +46,7 @@ class TfliteTarget(Target):
     def runtime(
         self, path: Path, taps: Mapping[str, str] | None = None, *, exact: bool = False
     ) -> Runtime:
-        """Open the file in LiteRT: XNNPACK kernels, or reference kernels when taps are read."""
+        """Open the file in LiteRT with XNNPACK kernels; taps become outputs."""
         from dinoexport.targets.tflite.runtime import TfliteRuntime
 
         return TfliteRuntime(path, taps or {}, exact=exact)

@@ -1,6 +1,6 @@
 """A TFLite file as objects that can be changed: quantising and the exact form both rewrite it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import flatbuffers
@@ -115,6 +115,20 @@ class Graph:
         operator.inputs = inputs
         operator.outputs = outputs
         return operator
+
+    def add_outputs(self, names: Collection[str]) -> None:
+        """Give further tensors as outputs, behind those of the file; its signature stays as it is.
+
+        Args:
+            names: of tensors; those that are not there, or are outputs already, are left out.
+        """
+        known = set(map(int, self._graph.outputs))
+        more = [
+            index
+            for index, tensor in enumerate(self._graph.tensors)
+            if tensor.name.decode() in names and index not in known
+        ]
+        self._graph.outputs = [*map(int, self._graph.outputs), *more]
 
     def encode(self) -> bytes:
         """Return the file, without tensors and numbers that nothing reads."""

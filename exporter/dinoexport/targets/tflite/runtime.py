@@ -14,6 +14,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from dinoexport.errors import BundleError
 from dinoexport.targets.base import RunResult, Runtime, plain
 from dinoexport.targets.tflite.exact import exact_form
+from dinoexport.targets.tflite.graph import Graph
 
 CHANNELS_LAST = "channels-last:"
 """Before a tap's tensor name: it holds (B, H, W, C) where the reference has (B, C, H, W)."""
@@ -24,9 +25,9 @@ class TfliteRuntime(Runtime):
 
     Args:
         path: the artifact.
-        taps: {tap: tensor name}. With taps every operation runs in its reference kernel, since a
-            delegate does not give its inner tensors.
-        keep_all: keep every tensor even without taps.
+        taps: {tap: tensor name}. A delegate does not give its inner tensors, so these become
+            outputs of the graph, and the kernels stay those that apps run.
+        keep_all: keep every tensor, which takes LiteRT's own kernels, several times slower.
         threads: of the XNNPACK delegate.
         exact: compute in float32 with the stored numbers, see ``exact_form``.
     """
@@ -40,20 +41,24 @@ class TfliteRuntime(Runtime):
         threads: int = 2,
         exact: bool = False,
     ) -> None:
-        inner = bool(taps) or keep_all
-        kernels = "reference kernels" if inner else "XNNPACK"
+        kernels = "reference kernels" if keep_all else "XNNPACK"
+        places = {tap: name.removeprefix(CHANNELS_LAST) for tap, name in taps.items()}
         self.name = f"ai-edge-litert {version('ai-edge-litert')} (CPU, {kernels})"
         try:
             content = path.read_bytes()
             _check_identifier(content)
             content = exact_form(content) if exact else content
+            if taps:
+                graph = Graph(content)
+                graph.add_outputs(set(places.values()))
+                content = graph.encode()
             self._interpreter = Interpreter(
                 model_content=content,
                 num_threads=threads,
-                experimental_preserve_all_tensors=inner,
+                experimental_preserve_all_tensors=keep_all,
                 experimental_op_resolver_type=(
                     OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-                    if inner
+                    if keep_all
                     else OpResolverType.AUTO
                 ),
             )
@@ -65,7 +70,6 @@ class TfliteRuntime(Runtime):
                 f"{path}: LiteRT cannot load it: {reason}. Build it again."
             ) from error
         names = {d["name"]: d["index"] for d in self._interpreter.get_tensor_details()}
-        places = {tap: name.removeprefix(CHANNELS_LAST) for tap, name in taps.items()}
         missing = [name for name in places.values() if name not in names]
         if missing:
             raise BundleError(
