@@ -19,7 +19,6 @@ _MODULES = {
     "coremltools": "coremltools",
     "litert-torch": "litert_torch",
     "ai-edge-litert": "ai_edge_litert.interpreter",
-    "ai-edge-quantizer": "ai_edge_quantizer",
 }
 MIN_FREE_BYTES = 2**30
 

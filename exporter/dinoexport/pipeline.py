@@ -78,7 +78,6 @@ _TOOLS = (
     "coremltools",
     "litert-torch",
     "ai-edge-litert",
-    "ai-edge-quantizer",
 )
 
 

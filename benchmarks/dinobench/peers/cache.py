@@ -23,7 +23,6 @@ TOOLS = (
     "onnxscript",
     "onnxslim",
     "litert-torch",
-    "ai-edge-quantizer",
     "openvino",
     "nncf",
 )
