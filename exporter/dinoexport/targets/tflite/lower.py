@@ -37,11 +37,11 @@ def lower(program: CapturedProgram) -> bytes:
 def _convert(
     program: CapturedProgram, exported: ExportedProgram, output_names: tuple[str, ...]
 ) -> bytes:
-    adaptor = NhwcAdaptor(exported, program.input_names, output_names)
-    part_factors_(adaptor.core)
     with tempfile.TemporaryDirectory(prefix="dinoexport-") as folder:
         path = Path(folder) / "model.tflite"
         _check_space(Path(folder), exported)
+        adaptor = NhwcAdaptor(exported, program.input_names, output_names)
+        part_factors_(adaptor.core)
         try:
             litert_torch.convert(adaptor, sample_kwargs=program.sample_inputs()).export(str(path))
         except Exception as error:  # the converter raises types of several libraries
