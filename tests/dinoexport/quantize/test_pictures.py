@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinoexport.quantize.pictures import LEAST_COUNT, pixel_digest, read_calibration_set
+from dinoexport.quantize.pictures import (
+    LEAST_COUNT,
+    pixel_digest,
+    read_calibration_set,
+    read_held_out,
+)
 from dinoexport.verify.samples import parity_samples
 from dinotrain.errors import DataError, UsageError
 from dinotrain.tasks import get_task
@@ -114,3 +119,62 @@ def test_a_picture_of_one_colour_is_refused(folder: Path, tmp_path: Path) -> Non
     Image.new("RGB", (64, 64), (3, 200, 7)).save(tmp_path / "flat.png")
     with pytest.raises(DataError, match=r"has one colour, \[3, 200, 7\]"):
         read_calibration_set(EYELID, SIZE, tmp_path)
+
+
+# --- held out ------------------------------------------------------------------------------------
+
+
+def digests(samples) -> set[str]:
+    return {pixel_digest(image) for sample in samples for image in sample.values()}
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty pictures without labels."""
+    out = tmp_path_factory.mktemp("many")
+    noise = np.random.default_rng(4).integers(0, 256, (30, 56, 56, 3), dtype=np.uint8)
+    for index, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(out / f"{index}.png")
+    return out
+
+
+def test_rendered_pictures_are_held_out_from_rendered_ones() -> None:
+    seen = read_calibration_set(EYELID, SIZE, count=8)
+    held = read_held_out(EYELID, SIZE, seen, count=8)
+    assert len(held.samples) == 8 and held.true is None
+    assert not digests(held.samples) & digests(seen.samples)
+    assert read_held_out(EYELID, SIZE, seen, count=8).sha256 == held.sha256
+
+
+def test_of_a_folder_what_calibration_left_is_held_out(many: Path) -> None:
+    seen = read_calibration_set(EYELID, SIZE, many, count=10)
+    held = read_held_out(EYELID, SIZE, seen, many, count=12)
+    # Two of twelve come round to the first pictures again, and are left out.
+    assert len(held.samples) == 10 and held.true is None
+    assert not digests(held.samples) & digests(seen.samples)
+
+
+def test_too_few_left_are_refused(many: Path) -> None:
+    seen = read_calibration_set(EYELID, SIZE, many, count=25)
+    with pytest.raises(UsageError, match=f"{LEAST_COUNT} are needed"):
+        read_held_out(EYELID, SIZE, seen, many, count=8)
+
+
+def test_of_labelled_data_the_test_split_is_held_out_with_its_labels(tmp_path: Path) -> None:
+    noise = np.random.default_rng(8).integers(0, 256, (2, 18, 56, 56, 3), dtype=np.uint8)
+    wanted = {}
+    for number, name in enumerate(("left", "right")):
+        for index, pixels in enumerate(noise[number]):
+            split = ("train", "val", "test")[index % 3]
+            (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / split / name / f"{index}.png")
+            if split == "test":
+                wanted[pixel_digest(pixels)] = number
+    task = get_task("classify")
+    seen = read_calibration_set(task, SIZE, tmp_path, count=10)
+    held = read_held_out(task, SIZE, seen, tmp_path, count=32)
+    assert held.source.endswith("test split")
+    found = {
+        pixel_digest(s["image"]): int(t[0]) for s, t in zip(held.samples, held.true, strict=True)
+    }
+    assert found == wanted
