@@ -42,4 +42,6 @@ def write(path: Path, variant: str = "dinov2_vits14", side: int = 224) -> Path:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), *sys.argv[2:3], *map(int, sys.argv[3:4]))
+    arguments = dict(zip(("variant", "side"), sys.argv[2:], strict=False))
+    side = int(arguments.pop("side", 224))
+    write(Path(sys.argv[1]), side=side, **arguments)

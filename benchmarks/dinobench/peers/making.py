@@ -102,7 +102,7 @@ def _export_onnx(model: Any, path: Path, *, dynamo: bool) -> None:
 def make_slim(candidate: Candidate, folder: Path, size: int, hot: bool) -> str:
     """onnxslim on the export of the same name."""
     import onnx
-    import onnxslim
+    import onnxslim  # pyright: ignore[reportMissingImports]
 
     source = folder / candidate.file.replace("-slim", "")
     if not source.is_file():
@@ -123,7 +123,7 @@ def make_litert(candidate: Candidate, folder: Path, size: int, hot: bool) -> str
 
 def make_openvino(candidate: Candidate, folder: Path, size: int, hot: bool) -> str:
     """Read our ONNX fp32 and write OpenVINO's format, float32."""
-    import openvino
+    import openvino  # pyright: ignore[reportMissingImports]
 
     model = openvino.convert_model(str(_our_onnx(folder)))
     openvino.save_model(model, str(folder / candidate.file), compress_to_fp16=False)
@@ -135,8 +135,8 @@ def make_openvino_int8(candidate: Candidate, folder: Path, size: int, hot: bool)
 
     Judging on the images that it was calibrated on favours it.
     """
-    import nncf
-    import openvino
+    import nncf  # pyright: ignore[reportMissingImports]
+    import openvino  # pyright: ignore[reportMissingImports]
 
     model = openvino.convert_model(str(_our_onnx(folder)))
     images = np.load(folder / IMAGES)

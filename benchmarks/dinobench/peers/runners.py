@@ -104,7 +104,7 @@ class OpenvinoRunner(Runner):
     """
 
     def __init__(self, path: Path, *, profile: bool = False) -> None:
-        import openvino
+        import openvino  # pyright: ignore[reportMissingImports]
 
         core: Any = openvino.Core()
         options = {

@@ -123,7 +123,7 @@ class Target(ABC):
                 raise UsageError(
                     f"--precision {recipe.name}: {self.name} has no {precision.name}; the nearest "
                     f"it has is {nearest(precision, self.supports)}. "
-                    f"It has {', '.join(self.supports)}; see `dinoexport list`."
+                    f"It has {', '.join(self.supports)}; see `dinoexport list recipes`."
                 )
 
     def notice(self, recipe: Recipe, options: LowerOptions) -> str:
