@@ -1,5 +1,6 @@
 """What a search measured: candidates, which of them hold the budget, and the Pareto front."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -9,6 +10,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Preference = Literal["size", "speed"]
+WIDTH_IN, HEIGHT_IN = 6.4, 4.0
+LABEL_IN = 0.14
+"""Height of a label, which the next one must not touch."""
 
 
 class Candidate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -88,16 +92,23 @@ def draw_front(
 
     The same candidates give the same bytes.
     """
-    from dinotrain.report.drawing import add_axes, draw_svg
+    from dinotrain.report.drawing import add_axes, draw_svg, spread
     from dinotrain.report.palette import BLUE, QUIET, VERMILION
 
-    front = pareto_front(candidates)
+    # Latency is a third axis, which a line through the front of all three would zigzag along.
+    flat = [msgspec.structs.replace(candidate, latency_ms=None) for candidate in candidates]
+    least = min((c.error for c in candidates if c.error > 0), default=budget)
+    level = {c.recipe: max(c.error, least / 2) for c in candidates}
 
     def paint(figure: "Figure") -> None:
-        axes = add_axes(figure, 6.4, 4.0, top_in=0.4)
-        axes.set_yscale("log")
-        least = min((c.error for c in candidates if c.error > 0), default=budget)
-        level = {c.recipe: max(c.error, least / 2) for c in candidates}
+        from matplotlib.ticker import FuncFormatter, NullFormatter
+
+        axes = add_axes(figure, WIDTH_IN, HEIGHT_IN, top_in=0.4)
+        axes.set(yscale="log", title=title, xlabel="artifact, MB")
+        axes.set_ylabel(f"largest error on held-out pictures, {unit}")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        front = pareto_front(flat)
         axes.plot(
             [c.size_bytes / 1e6 for c in front],
             [level[c.recipe] for c in front],
@@ -115,21 +126,23 @@ def draw_front(
             color=VERMILION,
         )
         for candidate in candidates:
-            size = candidate.size_bytes / 1e6
             colour = VERMILION if candidate == chosen else BLUE
-            axes.plot([size], [level[candidate.recipe]], "o", markersize=5, color=colour)
+            place = (candidate.size_bytes / 1e6, level[candidate.recipe])
+            axes.plot(*place, "o", markersize=5, color=colour)
+        decades = math.log10(axes.get_ylim()[1] / axes.get_ylim()[0])
+        per_inch = decades / HEIGHT_IN
+        heights = spread([math.log10(level[c.recipe]) for c in candidates], LABEL_IN * per_inch)
+        for candidate, height in zip(candidates, heights, strict=True):
             latency = "" if candidate.latency_ms is None else f", {candidate.latency_ms:.0f} ms"
             axes.annotate(
                 f"{_short(candidate.recipe)}{latency}",
-                (size, level[candidate.recipe]),
+                (candidate.size_bytes / 1e6, 10**height),
                 textcoords="offset points",
-                xytext=(5, 4),
+                xytext=(6, 0),
+                va="center",
                 fontsize=7,
-                color=colour,
+                color=VERMILION if candidate == chosen else BLUE,
             )
-        axes.set_xlabel("artifact, MB")
-        axes.set_ylabel(f"largest error on held-out pictures, {unit}")
-        axes.set_title(title, fontsize=10)
 
     return draw_svg(paint)
 
