@@ -123,9 +123,10 @@ def make_litert(candidate: Candidate, folder: Path, size: int, hot: bool) -> str
 
 def make_openvino(candidate: Candidate, folder: Path, size: int, hot: bool) -> str:
     """Read our ONNX fp32 and write OpenVINO's format, float32."""
+    source = _our_onnx(folder)
     import openvino  # pyright: ignore[reportMissingImports]
 
-    model = openvino.convert_model(str(_our_onnx(folder)))
+    model = openvino.convert_model(str(source))
     openvino.save_model(model, str(folder / candidate.file), compress_to_fp16=False)
     return ""
 
@@ -135,10 +136,11 @@ def make_openvino_int8(candidate: Candidate, folder: Path, size: int, hot: bool)
 
     Judging on the images that it was calibrated on favours it.
     """
+    source = _our_onnx(folder)
     import nncf  # pyright: ignore[reportMissingImports]
     import openvino  # pyright: ignore[reportMissingImports]
 
-    model = openvino.convert_model(str(_our_onnx(folder)))
+    model = openvino.convert_model(str(source))
     images = np.load(folder / IMAGES)
     dataset = nncf.Dataset([image[np.newaxis] for image in images])
     quantised = nncf.quantize(
