@@ -6,7 +6,7 @@ Simulation in PyTorch proposes; only artifacts that were built and run are belie
 
 from collections.abc import Callable, Mapping, Sequence
 
-from dinoexport.recipes import PRECISIONS, Activations, Precision, Recipe
+from dinoexport.recipes import PRECISIONS, Activations, Precision, Recipe, parse_recipe
 from dinoexport.search.groups import raise_groups
 from dinotrain.errors import UsageError
 
@@ -73,15 +73,8 @@ def propose_mixture(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
-    recipe = raise_groups(base, order[:high], raised)
     try:
-        return _spelled(recipe)
+        # Read back from its name, which refuses names that are too long.
+        return parse_recipe(raise_groups(base, order[:high], raised).name)
     except UsageError:
         return None
-
-
-def _spelled(recipe: Recipe) -> Recipe:
-    """Return a recipe as its name is read back, which refuses names that are too long."""
-    from dinoexport.recipes import parse_recipe
-
-    return parse_recipe(recipe.name)

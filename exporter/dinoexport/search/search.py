@@ -33,7 +33,7 @@ from dinoexport.recipes import PRECISIONS, Precision, Recipe, parse_recipe
 from dinoexport.search.front import Candidate, Preference, choose
 from dinoexport.search.groups import group_layers, raise_groups
 from dinoexport.search.proposals import finer, ladder, propose_mixture
-from dinoexport.search.simulation import Simulation
+from dinoexport.search.simulation import Simulation, run_model
 from dinoexport.search.state import SearchState, load_state, save_state
 from dinoexport.targets.base import LowerOptions, Runtime, Target
 from dinoexport.targets.table import get_target
@@ -91,11 +91,15 @@ class Search:
         request: budget and preference.
         reporter: told of each step.
         log: receives what converters say.
+
+    Raises:
+        UsageError: fast is asked for and this machine cannot run a target's artifacts.
     """
 
     def __init__(
         self, plan: BuildPlan, request: SearchRequest, reporter: Reporter, log: Path
     ) -> None:
+        _check_preference(plan, request)
         self.plan = dataclasses.replace(plan, recipe=parse_recipe("fp16"))
         self.request = request
         self.reporter = reporter
@@ -122,19 +126,11 @@ class Search:
             self._make, self.calibration, pictures.samples[:SIMULATED_SAMPLES]
         )
         with reporter.step(f"run float32 on {len(self.held_out.samples)} held-out samples"):
-            self.expected = Simulation(self._make, self.calibration, self.held_out.samples).expected
+            self.expected, _ = run_model(self._deploy, self.held_out.samples)
 
     def run(self, name: str) -> SearchResult:
-        """Search one target; what an earlier run has measured is taken from its state.
-
-        Raises:
-            DinoError: fast is asked for and this machine cannot run the format.
-        """
+        """Search one target; what an earlier run has measured is taken from its state."""
         target = get_target(name)
-        if self.request.prefer == "speed" and not target.timed_here:
-            raise UsageError(
-                f"--prefer speed: this machine cannot time {name} artifacts. Use --prefer size."
-            )
         path = self.plan.request.out / f".search-{self._stem}-{name}.json"
         state = load_state(path, self._key(target))
 
@@ -176,7 +172,6 @@ class Search:
             self.calibration.pictures.sha256,
             self.calibration.observer.name,
             self.held_out.sha256,
-            self.request.budget,
             sorted(tool_versions().items()),
         )
         return hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -281,6 +276,17 @@ class Search:
             runtime.run(sample)
             times.append(1e3 * (time.perf_counter() - start))
         return round(statistics.median(times), 3)
+
+
+def _check_preference(plan: BuildPlan, request: SearchRequest) -> None:
+    """Refuse what cannot be timed before anything is loaded."""
+    if request.prefer != "speed":
+        return
+    for name in plan.targets:
+        if not get_target(name).timed_here:
+            raise UsageError(
+                f"--prefer speed: this machine cannot time {name} artifacts. Use --prefer size."
+            )
 
 
 def _size_of(path: Path) -> int:

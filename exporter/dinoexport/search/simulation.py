@@ -34,7 +34,7 @@ class Simulation:
         self._make = make
         self._calibration = calibration
         self._samples = samples
-        self.expected, self._logits = _run(make(), samples)
+        self.expected, self._logits = run_model(make(), samples)
 
     def run(self, recipe: Recipe) -> tuple[Outputs, float]:
         """Return the outputs of a recipe, samples first, and how noisy they are.
@@ -45,7 +45,7 @@ class Simulation:
         model = self._make()
         layers = prepare_(model, recipe, self._calibration)
         with simulated(model, layers):
-            outputs, logits = _run(model, self._samples)
+            outputs, logits = run_model(model, self._samples)
         pairs = [
             (value, outputs[name])
             for name, value in self.expected.items()
@@ -61,8 +61,10 @@ def _noise(wanted: np.ndarray, found: np.ndarray) -> float:
 
 
 @torch.no_grad()
-def _run(model: DeployModel, samples: Sequence[dict[str, Pixels]]) -> tuple[Outputs, np.ndarray]:
-    """Return outputs and flat logits of some samples."""
+def run_model(
+    model: DeployModel, samples: Sequence[dict[str, Pixels]]
+) -> tuple[Outputs, np.ndarray]:
+    """Return outputs, {name: (samples, …)}, and flat logits of a model."""
     outputs: dict[str, list[np.ndarray]] = {}
     logits: list[np.ndarray] = []
     hook = model.head.register_forward_hook(
