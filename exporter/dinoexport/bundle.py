@@ -7,6 +7,7 @@ has a hidden name for a moment; if the build is killed just then, the next one b
 
 import ctypes
 import errno
+import hashlib
 import os
 import shutil
 import sys
@@ -61,6 +62,14 @@ def artifact_size(manifest: Manifest) -> int:
         for file, record in manifest.files.items()
         if file == name or file.startswith(f"{name}/")
     )
+
+
+def artifact_digest(path: Path) -> str:
+    """sha256 of an artifact, as hex: of its file, or over the names and digests of its files."""
+    if path.is_file():
+        return digest(path)
+    lines = [f"{name}={digest(path / name)}" for name in _files(path)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def open_bundle(path: Path) -> Bundle:

@@ -13,6 +13,7 @@ from dinoexport.bundle import (
     REFERENCE,
     REPORT,
     Bundle,
+    artifact_digest,
     artifact_size,
     check_files,
     lock_output,
@@ -27,6 +28,7 @@ from dinoexport.errors import BuildError, ParityError
 from dinoexport.graph.capture import CapturedProgram, capture_deploy
 from dinoexport.graph.deploy_model import DeployModel
 from dinoexport.manifest import (
+    BudgetRecord,
     CalibrationSummary,
     CheckpointRecord,
     Manifest,
@@ -111,6 +113,8 @@ class BuildRequest:
     minimum_ios: int = 17
     layout: str = "tokens"
     calibration: CalibrationRequest = CalibrationRequest()
+    budget: BudgetRecord | None = None
+    """What the recipe was chosen to hold, of one target."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,7 @@ class BuiltBundle:
     path: Path
     size_bytes: int
     verdict: Verdict
+    budget: BudgetRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -348,6 +353,7 @@ def _build_one(
         with reporter.step(f"lower to {target.name}"), quiet(log), _stage(target.name, log):
             taps = target.lower(program, artifact, options, metadata)
         gc.collect()
+        _check_measured(plan.request.budget, artifact)
         with reporter.step(f"verify {target.name}") as step, quiet(log):
             verdict = verify_artifact(
                 target, artifact, taps, plan.recipe, reference, task, step.update
@@ -361,6 +367,7 @@ def _build_one(
             target=target.name,
             precision=plan.recipe.name,
             calibration=_summarise(calibration),
+            budget=plan.request.budget,
             artifact=artifact.name,
             minimum_os=target.minimum_os(plan.recipe, options),
             inputs=tuple(describe_inputs(task, plan.config.image_size, target.image_input)),
@@ -389,7 +396,17 @@ def _build_one(
         plan.request.out / bundle_name,
         artifact_size(manifest),
         verdict,
+        plan.request.budget,
     )
+
+
+def _check_measured(budget: BudgetRecord | None, artifact: Path) -> None:
+    """Refuse an artifact that is not the one whose loss was measured."""
+    if budget is not None and artifact_digest(artifact) != budget.artifact_sha256:
+        raise BuildError(
+            f"{artifact.name}: not the bytes that the search measured, so its loss is not known. "
+            "Remove the .search files from --out and search again."
+        )
 
 
 class _stage:  # noqa: N801 (a context manager)

@@ -193,6 +193,8 @@ def _verdict_json(verdict: Any) -> dict[str, Any]:
 
 def bundle_json(bundle: Any) -> dict[str, Any]:
     """What `build --json` says of one bundle."""
+    import msgspec
+
     return {
         "target": bundle.target,
         "precision": bundle.precision,
@@ -200,6 +202,7 @@ def bundle_json(bundle: Any) -> dict[str, Any]:
         "passed": bundle.verdict.passed,
         "size_bytes": bundle.size_bytes,
         "parity": _verdict_json(bundle.verdict),
+        "budget": bundle.budget and msgspec.to_builtins(bundle.budget),
     }
 
 
@@ -211,6 +214,12 @@ def print_bundles(bundles: Any, json: bool, more: dict[str, Any] | None = None) 
         return
     for bundle in bundles:
         print_verdict(str(bundle.path), bundle.verdict, bundle.size_bytes)
+        if bundle.budget:
+            kept = bundle.budget
+            typer.echo(
+                f"      budget        {kept.measured:.2g} {kept.unit} of {kept.allowed:g} allowed, "
+                f"on {kept.samples} held-out samples"
+            )
 
 
 def print_verdict(title: str, verdict: Any, size_bytes: int | None = None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
 from dinotrain.errors import DataError
-from dinotrain.tasks.base import Case, OutputSpec, Task, TaskInput
+from dinotrain.tasks.base import Budgets, Case, OutputSpec, Task, TaskInput
 from dinotrain.tasks.classify_presets import PRESETS
 
 if TYPE_CHECKING:
@@ -46,18 +46,15 @@ class ClassifyTask(Task):
     heads = ("mlp", "linear", "probe", "ensemble", "query")
     drop_option = "max-top1-drop"
     drop_unit = "of pictures"
-    budgets = {  # noqa: RUF012
-        "fp32": 0.0001,
-        "fp16": 0.02,
-        "w8": 0.05,
-        "pal8": 0.05,
-        "w8a16": 0.05,
-        "w8a8-dynamic": 0.1,
-        "w8a8": 0.1,
-        "pal6": 0.1,
-        "pal4": 0.3,
-        "w4-block32": 0.3,
-    }
+    budgets = Budgets(
+        float32=0.0001,
+        float16=0.02,
+        weights8=0.05,
+        dynamic8=0.1,
+        static8=0.1,
+        weights6=0.1,
+        weights4=0.3,
+    )
     error_unit = "probability"
 
     def outputs(self, config: "ModelConfig") -> tuple[OutputSpec, ...]:

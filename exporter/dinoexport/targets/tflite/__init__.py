@@ -36,7 +36,7 @@ class TfliteTarget(Target):
         from dinoexport.targets.tflite.quantize import store_layers
 
         content = lower(program)
-        taps = locate_taps(content, program)
+        taps = locate_taps(content, program) if program.tap_nodes else {}
         content = embed_metadata(content, metadata)
         if program.recipe.name != "fp32":
             content = store_layers(content, program)
