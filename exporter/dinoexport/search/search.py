@@ -319,9 +319,9 @@ class Search:
 
     def _measure(self, target: Target, recipe: Recipe) -> Candidate:
         """Build an artifact in a temporary folder and run it on the held-out pictures."""
-        target.check(recipe)
-        # Its name is part of the artifact, whose bytes are those of a build by that name.
-        plan = plan_build(dataclasses.replace(self.plan.request, precision=recipe.name))
+        # As a build by that name would be planned: the plan is part of the artifact's bytes.
+        request = dataclasses.replace(self.plan.request, precision=recipe.name, target=target.name)
+        plan = plan_build(request)
         with (
             tempfile.TemporaryDirectory(prefix="dinoexport-") as folder,
             self.reporter.step(f"{target.name}: build and run {recipe.name}") as step,
