@@ -145,8 +145,11 @@ def _show(result: "SearchResult", plan: Any, budget: float, unit: str, json: boo
     typer.echo(f"{result.target}: {len(result.candidates)} artifacts on {result.judged_on}; {path}")
     for line in front_table(result.candidates, budget, unit, result.chosen):
         typer.echo(line)
+    reasons: dict[str, list[str]] = {}
     for recipe, why in (result.refused | result.skipped).items():
-        typer.echo(f"    {recipe} was not built: {why}")
+        reasons.setdefault(why, []).append(recipe)
+    for why, recipes in reasons.items():
+        typer.echo(f"    not built: {', '.join(recipes)}: {why}")
     if result.chosen is None:
         least = min(result.candidates, key=lambda c: c.error)
         typer.echo(

@@ -47,6 +47,7 @@ def propose_mixture(
     worth: Mapping[str, float],
     limit: float,
     drop_of: Callable[[Recipe], float],
+    least: int = 0,
 ) -> Recipe | None:
     """Return the mixture that raises as few groups as hold a limit, those of most worth first.
 
@@ -56,6 +57,7 @@ def propose_mixture(
         worth: {group: how much it disturbs the model at ``base``, for each weight it has}.
         limit: in the unit of ``drop_of``.
         drop_of: what a recipe loses in simulation.
+        least: groups to raise at least.
 
     Returns:
         The mixture, ``base`` alone where that holds; None where raising every group but one does
@@ -69,8 +71,8 @@ def propose_mixture(
     def holds(count: int) -> bool:
         return drop_of(mixture(count)) <= limit
 
-    low, high = -1, len(order) - 1
-    if not holds(high):
+    low, high = least - 1, len(order) - 1
+    if low >= high or not holds(high):
         return None
     # The drop falls, near enough, with each raised group: between low, which fails, and high.
     while high - low > 1:

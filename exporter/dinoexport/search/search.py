@@ -210,7 +210,7 @@ class Search:
             alone = Recipe(base)
             drop = self._drop(alone)
             smaller = self._smaller(alone, measured)
-            if smaller is None or drop < smaller.error:
+            if alone.name in measured.candidates or smaller is None or drop < smaller.error:
                 yield alone
             else:
                 skipped[alone.name] = f"larger and no more exact than {smaller.recipe}"
@@ -224,10 +224,10 @@ class Search:
         noise = self._sensitivity(base)
         sizes = group_sizes(self._deploy, noise)
         worth = {group: noise[group] / sizes[group] for group in noise}
-        limit = SHARE * self.request.budget
+        limit, least = SHARE * self.request.budget, 0
         for _ in range(MIXTURES):
             with self.reporter.step(f"{target.name}: mixtures of {base.name} and {raised.name}"):
-                mixture = propose_mixture(base, raised, worth, limit, self._drop)
+                mixture = propose_mixture(base, raised, worth, limit, self._drop, least)
             if mixture is None or self._smaller(mixture, measured) is not None:
                 return
             yield mixture
@@ -235,6 +235,9 @@ class Search:
                 return
             error = measured.candidates[mixture.name].error
             limit = SHARE * self._drop(mixture) * self.request.budget / error
+            # Simulation may have seen no loss at all: some more are raised whatever it says.
+            count = sum(given is raised for given in mixture.assign(worth).values())
+            least = count + 1 + (len(worth) - count) // 4
 
     def _smaller(self, recipe: Recipe, measured: Measured) -> Candidate | None:
         """Return the most exact artifact that holds the budget and is smaller than a recipe's; None

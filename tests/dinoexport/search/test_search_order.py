@@ -48,7 +48,7 @@ class Handmade(Search):
         return self.figures[recipe.name][0]
 
     def _drop(self, recipe: Recipe) -> float:
-        return self.figures.get(recipe.name, (0, 0, 0.04))[2]
+        return self.figures.get(recipe.name, (0, 0, 0.0))[2]
 
     def _sensitivity(self, base) -> dict[str, float]:
         self.sensed.append(base.name)
@@ -81,6 +81,10 @@ def test_what_is_larger_and_no_more_exact_is_not_built(search) -> None:
     assert result.chosen.recipe == ONE
     why = f"larger and no more exact than {ONE}"
     assert result.skipped == {"w8a8": why, "w8a8-dynamic": why}
+    # What an earlier search has built is shown, whatever this one would have done.
+    assert made.run("onnx").skipped == result.skipped
+    made._state.targets["onnx"].candidates["w8a8"] = made._measure(None, parse_recipe("w8a8"))
+    assert made.run("onnx").skipped == {"w8a8-dynamic": why}
     # Nor is it asked which layers of what is larger could be raised.
     assert made.sensed == ["w4-block32"]
 
@@ -88,6 +92,12 @@ def test_what_is_larger_and_no_more_exact_is_not_built(search) -> None:
 def test_a_mixture_that_does_not_hold_is_followed_by_a_more_careful_one(search) -> None:
     made, result = search(**{ONE: (220, 0.11, 0.07)})
     assert made.built[:4] == ["fp16", "w4-block32", ONE, TWO]
+    assert result.chosen.recipe == TWO
+
+
+def test_where_simulation_sees_no_loss_more_is_raised_all_the_same(search) -> None:
+    made, result = search(**{"w4-block32": (200, 0.3, 0.0), TWO: (250, 0.05, 0.0)})
+    assert made.built[:3] == ["fp16", "w4-block32", TWO]
     assert result.chosen.recipe == TWO
 
 
