@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from dinoexport.errors import BuildError
 from dinoexport.graph.capture import CapturedProgram
 from dinoexport.targets.adaptor import NhwcAdaptor
+from dinoexport.targets.tflite.attention import widen_products
 from dinoexport.targets.tflite.graph import IDENTIFIER
 from dinoexport.targets.tflite.runtime import CHANNELS_LAST, TfliteRuntime
 
@@ -53,7 +54,7 @@ def _convert(
             f"tflite: the model has {len(content) / 2**30:.1f} GiB, a flatbuffer holds 2. "
             "Build with a smaller backbone."
         )
-    return content
+    return widen_products(content)
 
 
 def part_factors_(core: GraphModule) -> None:
