@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dinoexport.errors import BuildError, BundleError, TamperedError
-from dinoexport.manifest import FileRecord, Manifest, decode_manifest, encode_manifest
+from dinoexport.manifest import BudgetRecord, FileRecord, Manifest, decode_manifest, encode_manifest
 from dinotrain.digests import digest
 
 MANIFEST = "manifest.json"
@@ -70,6 +70,19 @@ def artifact_digest(path: Path) -> str:
         return digest(path)
     lines = [f"{name}={digest(path / name)}" for name in _files(path)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def check_measured(path: Path, budget: BudgetRecord | None) -> None:
+    """Refuse an artifact that is not the one whose loss a search measured.
+
+    Raises:
+        BuildError: its bytes are others.
+    """
+    if budget is not None and artifact_digest(path) != budget.artifact_sha256:
+        raise BuildError(
+            f"{path.name}: not the bytes that the search measured, so its loss is not known. "
+            "Remove the .search files from --out and search again."
+        )
 
 
 def open_bundle(path: Path) -> Bundle:

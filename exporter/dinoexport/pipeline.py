@@ -13,9 +13,9 @@ from dinoexport.bundle import (
     REFERENCE,
     REPORT,
     Bundle,
-    artifact_digest,
     artifact_size,
     check_files,
+    check_measured,
     lock_output,
     open_bundle,
     record_files,
@@ -353,7 +353,7 @@ def _build_one(
         with reporter.step(f"lower to {target.name}"), quiet(log), _stage(target.name, log):
             taps = target.lower(program, artifact, options, metadata)
         gc.collect()
-        _check_measured(plan.request.budget, artifact)
+        check_measured(artifact, plan.request.budget)
         with reporter.step(f"verify {target.name}") as step, quiet(log):
             verdict = verify_artifact(
                 target, artifact, taps, plan.recipe, reference, task, step.update
@@ -398,15 +398,6 @@ def _build_one(
         verdict,
         plan.request.budget,
     )
-
-
-def _check_measured(budget: BudgetRecord | None, artifact: Path) -> None:
-    """Refuse an artifact that is not the one whose loss was measured."""
-    if budget is not None and artifact_digest(artifact) != budget.artifact_sha256:
-        raise BuildError(
-            f"{artifact.name}: not the bytes that the search measured, so its loss is not known. "
-            "Remove the .search files from --out and search again."
-        )
 
 
 class _stage:  # noqa: N801 (a context manager)

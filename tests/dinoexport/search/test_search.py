@@ -8,6 +8,7 @@ import pytest
 from dinoexport.bundle import artifact_digest, open_bundle
 from dinoexport.cli import app
 from dinoexport.cli.output import run_app
+from dinoexport.pipeline import BuildRequest, BuildResult
 from dinoexport.search.search import Search
 from dinoexport.targets.onnx import OnnxTarget
 
@@ -65,11 +66,19 @@ def test_the_smallest_within_the_budget_ships_and_a_second_search_resumes(
     def never(*_: object) -> None:
         raise AssertionError("measured again")
 
+    asked: list[BuildRequest] = []
+
+    def build(request: BuildRequest, _reporter: object) -> BuildResult:
+        asked.append(request)
+        return BuildResult()
+
     monkeypatch.setattr(Search, "_measure", never)
-    monkeypatch.setattr("dinoexport.search.simulation.Simulation.run", never)
-    status, printed = auto(0.2)
-    assert status == 0
+    monkeypatch.setattr("dinoexport.search.simulation.Simulation._run", never)
+    monkeypatch.setattr("dinoexport.pipeline.build", build)
+    _, printed = auto(0.2)
     assert f"> {search['chosen']} " in printed.out
+    # What is built is the same recipe by its name, for the same promise.
+    assert [(r.precision, r.budget) for r in asked] == [(search["chosen"], kept)]
 
 
 @pytest.mark.e2e
