@@ -209,9 +209,10 @@ class Search:
             self._known.clear()
             alone = Recipe(base)
             smaller = self._smaller(alone, measured)
-            known = smaller is None or alone.name in measured.candidates
+            if smaller is None or alone.name in measured.candidates:
+                yield alone
             # Simulation against simulation: labels come into what is measured alone.
-            if known or self._drop(alone) < self._drop(parse_recipe(smaller.recipe)):
+            elif self._drop(alone) < self._drop(parse_recipe(smaller.recipe)):
                 yield alone
             else:
                 skipped[alone.name] = f"larger and no more exact than {smaller.recipe}"
