@@ -209,10 +209,8 @@ class Search:
             self._known.clear()
             alone = Recipe(base)
             smaller = self._smaller(alone, measured)
-            if smaller is None or alone.name in measured.candidates:
-                yield alone
-            # Simulation against simulation: labels come into what is measured alone.
-            elif self._drop(alone) < self._drop(parse_recipe(smaller.recipe)):
+            built = alone.name in measured.candidates
+            if smaller is None or built or self._more_exact(alone, smaller):
                 yield alone
             else:
                 skipped[alone.name] = f"larger and no more exact than {smaller.recipe}"
@@ -257,6 +255,10 @@ class Search:
             if c.error <= budget and c.size_bytes < size and c.recipe != recipe.name
         ]
         return min(smaller, key=lambda c: self._drop(parse_recipe(c.recipe)), default=None)
+
+    def _more_exact(self, recipe: Recipe, other: Candidate) -> bool:
+        """Compare simulation with simulation: labels come into what is measured alone."""
+        return self._drop(recipe) < self._drop(parse_recipe(other.recipe))
 
     def _size(self, recipe: Recipe, measured: Measured) -> float:
         """Predict the size of an artifact from that of fp16's, in bytes."""
