@@ -21,6 +21,7 @@ from dinoexport.pipeline import (
     BuildPlan,
     embedded_metadata,
     load_model,
+    lowering,
     make_deploy_model,
     plan_build,
     read_pictures,
@@ -338,7 +339,8 @@ class Search:
             program = self._capture(recipe)
             path = Path(folder) / f"{plan.name}{target.suffix}"
             options = LowerOptions(plan.request.minimum_ios)
-            target.lower(program, path, options, embedded_metadata(plan, self.sha256))
+            with lowering(target.name, self.log):
+                target.lower(program, path, options, embedded_metadata(plan, self.sha256))
             runtime = target.runtime(path)
             outputs = self._run(runtime, step.update)
             return Candidate(
