@@ -39,7 +39,7 @@ from dinoexport.search.proposals import SHARE, finer, ladder, propose_mixture
 from dinoexport.search.simulation import Simulation, run_model
 from dinoexport.search.sizes import group_sizes, weight_bytes
 from dinoexport.search.state import Measured, load_state, save_state
-from dinoexport.targets.base import LowerOptions, Runtime, Target
+from dinoexport.targets.base import Runtime, Target
 from dinoexport.targets.table import get_target
 from dinoexport.verify.reference import Reference, make_reference
 from dinotrain.digests import digest
@@ -338,7 +338,7 @@ class Search:
         ):
             program = self._capture(recipe)
             path = Path(folder) / f"{plan.name}{target.suffix}"
-            options = LowerOptions(plan.request.minimum_ios)
+            options = plan.request.lower_options
             with lowering(target.name, self.log):
                 target.lower(program, path, options, embedded_metadata(plan, self.sha256))
             runtime = target.runtime(path)

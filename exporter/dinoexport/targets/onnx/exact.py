@@ -21,6 +21,10 @@ def to_exact_precision_(model: ModelProto) -> None:
     for tensor in model.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT16:
             convert_tensor_(tensor, np.float32)
+    for value in model.graph.value_info:
+        # Of operators that shape inference does not know; it types all others anew.
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
     draft = Draft()
     stored = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     for node in model.graph.node:
