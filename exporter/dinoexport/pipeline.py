@@ -140,6 +140,11 @@ class BuildPlan:
         return f"{self.name}-{target}"
 
     @property
+    def stem(self) -> str:
+        """Name without the recipe."""
+        return "".join(self.name.rsplit(f"-{self.recipe.name}", 1))
+
+    @property
     def notices(self) -> tuple[str, ...]:
         """What the targets have to say of the recipe, a line each."""
         options = self.request.lower_options

@@ -136,9 +136,8 @@ def _show(result: "SearchResult", plan: Any, budget: float, unit: str, json: boo
     """Draw a front into the output folder, and print it."""
     from dinoexport.search.front import draw_front, front_table
 
-    stem = plan.name.removesuffix(f"-{plan.recipe.name}")
-    path = plan.request.out / f"{stem}-{result.target}-front.svg"
-    title = f"{stem} for {result.target}"
+    path = plan.request.out / f"{plan.stem}-{result.target}-front.svg"
+    title = f"{plan.stem} for {result.target}"
     if result.candidates:
         path.write_bytes(draw_front(result.candidates, budget, unit, result.chosen, title))
     if json:

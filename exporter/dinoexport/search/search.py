@@ -143,7 +143,7 @@ class Search:
         with reporter.step(f"run float32 on {len(self.held_out.samples)} held-out samples"):
             self.expected, _ = run_model(self._deploy, self.held_out.samples)
         self._program: CapturedProgram | None = None
-        self._path = plan.request.out / f".search-{self._stem}.json"
+        self._path = plan.request.out / f".search-{self.plan.stem}.json"
         self._state = load_state(self._path, self._key())
 
     def run(self, name: str) -> SearchResult:
@@ -168,10 +168,6 @@ class Search:
             skipped=skipped,
             held_out=self.held_out,
         )
-
-    @property
-    def _stem(self) -> str:
-        return self.plan.name.removesuffix(f"-{self.plan.recipe.name}")
 
     def _keep(self) -> None:
         save_state(self._path, self._state)

@@ -125,9 +125,7 @@ def test_where_nothing_can_be_built_it_is_said_why(search, capsys, tmp_path, mon
     monkeypatch.setattr(Handmade, "_measure", refuse)
     _, result = search()
     assert (result.chosen, result.candidates) == (None, ())
-    plan = SimpleNamespace(
-        name="eyelid-x-fp16", recipe=parse_recipe("fp16"), request=SimpleNamespace(out=tmp_path)
-    )
+    plan = SimpleNamespace(stem="eyelid-x", request=SimpleNamespace(out=tmp_path))
     _show(result, plan, 0.1, "mm", False)
     printed = capsys.readouterr().out
     # One line for one reason, whatever the number of recipes.
