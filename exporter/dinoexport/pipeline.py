@@ -1,6 +1,5 @@
 """The main job, all stages on one screen: checkpoint → program → artifact → verdict → bundle."""
 
-import gc
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from dinoexport.manifest import (
     describe_inputs,
     describe_preprocessing,
 )
+from dinoexport.memory import release
 from dinoexport.passes.base import apply_passes
 from dinoexport.passes.guard_norms import GuardNorms, large_norms
 from dinoexport.passes.sequence import LAYOUTS, build_deploy_model
@@ -244,9 +244,11 @@ def make_deploy_model(model: TaskModel, plan: BuildPlan, reference: Reference) -
     """
     deploy = build_deploy_model(model)
     if plan.recipe.base.name != "fp32":
-        device = pick_device()
-        samples = (reference.pixels(index, device) for index in range(reference.samples))
-        names = large_norms(deploy.to(device), samples)
+        names = reference.large_norms
+        if names is None:
+            device = pick_device()
+            samples = (reference.pixels(index, device) for index in range(reference.samples))
+            names = large_norms(deploy.to(device), samples)
         apply_passes(deploy.to("cpu"), [GuardNorms(names)])
     return apply_passes(deploy, LAYOUTS[plan.request.layout])
 
@@ -273,6 +275,7 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
             deploy = make_deploy_model(model, plan, reference)
         # What follows needs the deploy model alone, and large models fill the memory.
         del model
+        release()
         calibration = _calibrate(plan, deploy, reference, reporter)
         with reporter.step(f"prepare for {plan.recipe.name}"):
             layers = prepare_(deploy, plan.recipe, calibration)
@@ -280,6 +283,7 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
         with reporter.step("capture"), quiet(log):
             program = capture_deploy(deploy, plan.recipe, layers)
         del deploy
+        release()
         return BuildResult(
             tuple(
                 _build_one(plan, get_target(name), program, reference, calibration, reporter, log)
@@ -347,7 +351,7 @@ def _build_one(
         metadata = embedded_metadata(plan, reference.info.checkpoint_sha256)
         with reporter.step(f"lower to {target.name}"), quiet(log), _stage(target.name, log):
             taps = target.lower(program, artifact, options, metadata)
-        gc.collect()
+        release()
         with reporter.step(f"verify {target.name}") as step, quiet(log):
             verdict = verify_artifact(
                 target, artifact, taps, plan.recipe, reference, task, step.update

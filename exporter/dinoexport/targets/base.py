@@ -1,7 +1,7 @@
 """What a target is: it lowers the captured program, and runs what it wrote."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +89,15 @@ class Target(ABC):
             exact: compute in float32 with the weights as they are stored, without rounding
                 activations (the structural gate).
         """
+
+    def exact_runtimes(
+        self, path: Path, taps: Mapping[str, str]
+    ) -> Sequence[Callable[[], Runtime]]:
+        """Return ways to open an artifact in exact arithmetic, the fastest kernels first.
+
+        What holds the structural gate in any of them holds it.
+        """
+        return (lambda: self.runtime(path, taps, exact=True),)
 
     @abstractmethod
     def read_metadata(self, path: Path) -> dict[str, str]:
