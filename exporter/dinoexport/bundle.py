@@ -55,12 +55,16 @@ class Bundle:
 
 def artifact_size(manifest: Manifest) -> int:
     """Sum of the artifact's files, without manifest, reference and report."""
-    name = manifest.artifact
     return sum(
         record.size_bytes
         for file, record in manifest.files.items()
-        if file == name or file.startswith(f"{name}/")
+        if is_of_artifact(file, manifest.artifact)
     )
+
+
+def is_of_artifact(file: str, artifact: str) -> bool:
+    """True for an artifact's file, those within its folder, and its weights beside it."""
+    return file in (artifact, f"{artifact}.data") or file.startswith(f"{artifact}/")
 
 
 def open_bundle(path: Path) -> Bundle:
@@ -112,7 +116,7 @@ def check_files(bundle: Bundle) -> None:
                 "It was changed; build it again."
             )
     extra = sorted(set(_files(bundle.path)) - recorded.keys() - {MANIFEST})
-    added = [name for name in extra if name.startswith(f"{artifact}/")]
+    added = [name for name in extra if is_of_artifact(name, artifact)]
     if added:
         raise TamperedError(
             f"{bundle.path}: {added[0]} is not in the manifest. It was added; build it again."

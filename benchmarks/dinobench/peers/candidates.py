@@ -36,6 +36,14 @@ ROOFLINE = Candidate(
     file="gemm.onnx",
     what="the model's matrix products alone, float32",
 )
+INTEGER_ROOFLINE = Candidate(
+    name="gemm-int8",
+    family="roofline",
+    runtime="onnxruntime",
+    pixels="normalised",
+    file="gemm-int8.onnx",
+    what="linear layers' products in int8, attention's in float32",
+)
 
 
 def our_candidate(target: str, precision: str) -> Candidate:
@@ -80,4 +88,4 @@ PEERS = (*PEER_ONNX, PEER_TFLITE, OPENVINO_FP32, OPENVINO_INT8)
 def all_candidates(precisions: tuple[str, ...]) -> tuple[Candidate, ...]:
     """Every candidate, in the order of the table; ours first."""
     ours = tuple(our_candidate(t, p) for t in OUR_TARGETS for p in precisions)
-    return (*ours, *PEERS, ROOFLINE)
+    return (*ours, *PEERS, ROOFLINE, INTEGER_ROOFLINE)

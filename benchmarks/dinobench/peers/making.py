@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dinobench.peers.candidates import CLASSIFY_INPUT, Candidate
-from dinobench.peers.roofline import ViTShape, gemm_model
+from dinobench.peers.roofline import ViTShape, gemm_model, integer_model
 from dinobench.peers.weights import make_peer_model, write_checkpoint
 
 CHECKPOINT = "model.safetensors"
@@ -165,6 +165,14 @@ def make_roofline(candidate: Candidate, folder: Path, size: int, hot: bool) -> s
     return ""
 
 
+def make_integer_roofline(candidate: Candidate, folder: Path, size: int, hot: bool) -> str:
+    """Write the same products with integers in them."""
+    import onnx
+
+    onnx.save(integer_model(SHAPE, size), str(folder / candidate.file))
+    return ""
+
+
 Maker = Callable[[Candidate, Path, int, bool], str]
 MAKERS: dict[str, Maker] = {
     "hf-dynamo": make_dynamo,
@@ -175,6 +183,7 @@ MAKERS: dict[str, Maker] = {
     "openvino-fp32": make_openvino,
     "openvino-int8": make_openvino_int8,
     "gemm": make_roofline,
+    "gemm-int8": make_integer_roofline,
 }
 
 

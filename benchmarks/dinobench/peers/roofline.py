@@ -110,6 +110,54 @@ def gemm_model(shape: ViTShape, size: int) -> "ModelProto":
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
+def integer_model(shape: ViTShape, size: int) -> "ModelProto":
+    """Return the products as an int8 recipe has them: (1, 3, S, S) float32 → one number of each.
+
+    Linear layers of the blocks multiply uint8 by int8; the patch embedding and attention's two
+    products are float32. None waits for another, and nothing is rounded between them, so no model
+    of these products can pass it on these kernels.
+    """
+    from onnx import TensorProto, helper
+
+    chain = _Chain()
+    tokens, head = 1 + shape.patches(size), shape.width // shape.heads
+    flat = chain.reshape("image", (shape.channels * size * size,))
+    x = chain.quantize(chain.reshape(chain.part(flat, 0, tokens * shape.width), (tokens, -1)))
+    codes = {
+        shape.width: x,
+        shape.hidden: chain.concat(*[x] * (shape.hidden // shape.width), axis=1),
+    }
+    ones = []
+    for product in products(shape, size):
+        inner, columns = product.inner, product.columns
+        if product.name == "patch embedding":
+            image = chain.reshape("image", (product.rows, inner))
+            ones.append(chain.matmul(image, chain.weight((inner, columns))))
+        elif product.name == "attention":
+            for block in range(shape.depth):
+                # Each block reads other numbers: a runtime computes what is the same once.
+                q = chain.part(flat, 1 + block, tokens * shape.width)
+                k = chain.reshape(q, (shape.heads, head, tokens))
+                q = chain.reshape(q, (shape.heads, tokens, head))
+                ones.append(chain.matmul(chain.matmul(q, k), q))
+        elif product.name != "attention × v":
+            for _ in range(product.count):
+                ones.append(chain.integer_matmul(codes[inner], (inner, columns)))
+    result = chain.concat(*(chain.corner(value) for value in ones), axis=0)
+    graph = helper.make_graph(
+        chain.nodes,
+        "products",
+        [
+            helper.make_tensor_value_info(
+                "image", TensorProto.FLOAT, (1, shape.channels, size, size)
+            )
+        ],
+        [helper.make_tensor_value_info(result, TensorProto.FLOAT, (len(ones),))],
+        chain.initializers,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
 class _Chain:
     """Nodes and weights of a model that is being written."""
 
@@ -127,9 +175,30 @@ class _Chain:
         """One product."""
         return self._node("MatMul", a, b)
 
-    def concat(self, a: str, b: str) -> str:
-        """``a`` above ``b``."""
-        return self._node("Concat", a, b, axis=0)
+    def concat(self, *values: str, axis: int = 0) -> str:
+        """One after the other along an axis."""
+        return self._node("Concat", *values, axis=axis)
+
+    def part(self, value: str, start: int, count: int) -> str:
+        """Some numbers of a vector."""
+        ends = (self._constant(np.array([n], np.int64)) for n in (start, start + count))
+        return self._node("Slice", value, *ends)
+
+    def quantize(self, value: str) -> str:
+        """uint8 around 128."""
+        grid = (self._constant(np.array(n)) for n in (np.float32(0.02), np.uint8(128)))
+        return self._node("QuantizeLinear", value, *grid)
+
+    def integer_matmul(self, codes: str, shape: tuple[int, int]) -> str:
+        """One product of uint8 with random int8, to int32."""
+        weight = self._rng.integers(-127, 128, shape, np.int8)
+        zero = self._constant(np.array(np.uint8(128)))
+        return self._node("MatMulInteger", codes, self._constant(weight), zero)
+
+    def corner(self, value: str) -> str:
+        """The first number of a product as float32, so that it has a reader: (1,)."""
+        flat = self.reshape(value, (-1,))
+        return self._node("Cast", self.part(flat, 0, 1), to=1)
 
     def reshape(self, value: str, shape: tuple[int, ...]) -> str:
         """The same memory in another shape."""

@@ -40,7 +40,7 @@ def _size(result: SizeResult) -> list[str]:
     lines += [_row(row) for row in result.rows]
     profiled = [row for row in result.rows if row.profile]
     if profiled:
-        lines += ["", "Where the time goes, ms per run by the runtime's own profiler:", ""]
+        lines += ["", "Where the time goes, ms per run:", ""]
         lines += [_profile(row) for row in profiled]
     return [*lines, ""]
 
@@ -68,7 +68,9 @@ def _row(row: Row) -> str:
 
 
 def _profile(row: Row) -> str:
-    shown = [f"{t.kind} ×{t.count} {t.ms:.1f}" for t in row.profile[:KINDS_SHOWN]]
+    shown = [
+        f"{t.kind}{f' ×{t.count}' if t.count else ''} {t.ms:.1f}" for t in row.profile[:KINDS_SHOWN]
+    ]
     rest = sum(t.ms for t in row.profile[KINDS_SHOWN:])
     if rest:
         shown.append(f"others {rest:.1f}")

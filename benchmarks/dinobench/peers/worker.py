@@ -49,6 +49,11 @@ class Worker:
         self._process.start()
         theirs.close()
 
+    @property
+    def pid(self) -> int:
+        """Number of its process."""
+        return self._process.pid or 0
+
     def answers(self) -> np.ndarray:
         """Return the first output for every image, (N, …), float64."""
         return np.asarray(self._ask("answers", START_S), np.float64)

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from dinobench.machine import Machine
-from dinobench.peers.profile import OperationTime, read_onnx_events, sum_kinds
+from dinobench.peers.profile import OperationTime, read_onnx_events, read_samples, sum_kinds
 from dinobench.peers.result import GOALS, Goal, PeersReport, Row, SizeResult, judge
 from dinobench.peers.table import render
 from dinobench.peers.worker import Turn
@@ -99,3 +99,21 @@ def test_profile_takes_each_nodes_median_and_adds_up_kinds() -> None:
         OperationTime(kind="MatMul", count=2, ms=3.2),
         OperationTime(kind="Softmax", count=1, ms=0.1),
     )
+
+
+def test_samples_are_added_up_by_kind_of_kernel() -> None:
+    report = """# Samples: 4K of event 'cpu-clock'
+#
+    50.50%  [.] xnn_qs8_qc8w_gemm_minmax_fp32_ukernel_7x16c8__avx512vnni_prfm    -      -
+    20.25%  [.] xnn_f32_gemm_minmax_ukernel_7x32__avx512f_broadcast
+     5.00%  [.] xnn_f32_gemm_minmax_ukernel_1x32__avx512f_broadcast
+     2.00%  [k] clear_page_erms
+     1.00%  [.] __memmove_avx512_unaligned_erms
+"""
+    rows = sum_kinds((kind, share * 20) for kind, share in read_samples(report))
+    assert [(row.kind, row.count) for row in rows] == [
+        ("qs8_qc8w_gemm", 1),
+        ("f32_gemm", 2),
+        ("not a kernel", 2),
+    ]
+    assert [row.ms for row in rows] == pytest.approx([10.1, 5.05, 0.6])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dinobench.peers.roofline import ViTShape, count_flops, gemm_model
+from dinobench.peers.roofline import ViTShape, count_flops, gemm_model, integer_model
 
 TINY = ViTShape(width=8, depth=2, heads=2, hidden=32, patch=2)
 SMALL = ViTShape(width=384, depth=12, heads=6, hidden=1536, patch=14)
@@ -35,10 +35,11 @@ def test_flops_of_vit_s_are_the_known_ones() -> None:
     assert count_flops(SMALL, 518) / 1e9 == pytest.approx(93.4, abs=0.05)
 
 
-def test_model_holds_exactly_these_products_and_its_numbers_stay_finite() -> None:
+@pytest.mark.parametrize("make", [gemm_model, integer_model])
+def test_model_holds_exactly_these_products_and_its_numbers_stay_finite(make, tmp_path) -> None:
     onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = gemm_model(TINY, 10)
+    model = make(TINY, 10)
     onnx.checker.check_model(model, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     shapes = {i.name: tuple(i.dims) for i in inferred.graph.initializer}
@@ -49,11 +50,18 @@ def test_model_holds_exactly_these_products_and_its_numbers_stay_finite() -> Non
     flops = sum(
         2 * int(np.prod(shapes[node.input[0]])) * shapes[node.input[1]][-1]
         for node in inferred.graph.node
-        if node.op_type == "MatMul"
+        if node.op_type in ("MatMul", "MatMulInteger")
     )
     assert flops == count_flops(TINY, 10)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "run.onnx")
     session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    # Nothing is folded or computed once for several.
+    run = onnx.load(tmp_path / "run.onnx")
+    assert sum("MatMul" in n.op_type or n.op_type == "Gemm" for n in run.graph.node) == sum(
+        "MatMul" in n.op_type for n in model.graph.node
     )
     image = np.random.default_rng(0).standard_normal((1, 3, 10, 10), np.float32)
     (found,) = session.run(None, {"image": image})

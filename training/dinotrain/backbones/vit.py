@@ -228,7 +228,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, N, D)."""
-        return self.proj(images).flatten(2).transpose(1, 2)
+        # Channels last and only then one axis: converters of channels-last formats move nothing.
+        return self.proj(images).permute(0, 2, 3, 1).flatten(1, 2)
 
 
 class VisionTransformer(nn.Module):

@@ -9,6 +9,8 @@ from dinoexport.graph.capture import CapturedProgram
 from dinoexport.recipes import Activations
 from dinoexport.targets.base import LowerOptions, Runtime, Target
 
+_INTEGER = (Activations.INT8, Activations.INT8_DYNAMIC)
+
 
 @final
 class OnnxTarget(Target):
@@ -51,8 +53,8 @@ class OnnxTarget(Target):
             to_half_precision_(model, program.decode_nodes)
         elif program.recipe.name != "fp32":
             quantize_layers_(model, program.layers)
-            if any(p.activations is Activations.INT8_DYNAMIC for p in program.recipe.precisions):
-                # It runs on CPUs alone, and onnxruntime's have this operator.
+            if any(p.activations in _INTEGER for p in program.recipe.precisions):
+                # It pays on CPUs alone, and onnxruntime's have this operator.
                 fuse_attention_(model)
             store_constants_in_half_(model)
         save(model, path, metadata)

@@ -136,13 +136,18 @@ class Graph:
         operator.outputs = outputs
         return operator
 
+    @property
+    def outputs(self) -> set[int]:
+        """Tensors that the file gives."""
+        return set(map(int, self._graph.outputs))
+
     def add_outputs(self, names: Collection[str]) -> None:
         """Give further tensors as outputs, behind those of the file; its signature stays as it is.
 
         Args:
             names: of tensors; those that are not there, or are outputs already, are left out.
         """
-        known = set(map(int, self._graph.outputs))
+        known = self.outputs
         more = [
             index
             for index, tensor in enumerate(self._graph.tensors)

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from dinoexport.errors import BuildError
 from dinoexport.graph.capture import CapturedProgram
 from dinoexport.targets.adaptor import NhwcAdaptor
+from dinoexport.targets.tflite.attention import widen_products_
 from dinoexport.targets.tflite.graph import Graph, check_size, encode
 from dinoexport.targets.tflite.origins import Origins
 from dinoexport.targets.tflite.runtime import CHANNELS_LAST
@@ -28,12 +29,12 @@ def lower(program: CapturedProgram) -> bytes:
         BuildError: the converter cannot express an operation, the file passes 2 GB, or the
             temporary folder is too small.
     """
-    return _convert(program, program.program, program.output_names)
+    return _convert(program, program.program, program.output_names).encode()
 
 
 def _convert(
     program: CapturedProgram, exported: ExportedProgram, output_names: tuple[str, ...]
-) -> bytes:
+) -> Graph:
     with tempfile.TemporaryDirectory(prefix="dinoexport-") as folder:
         path = Path(folder) / "model.tflite"
         check_size(_bytes_of(exported))
@@ -50,8 +51,9 @@ def _convert(
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
             raise BuildError(f"tflite: the converter failed: {reason}") from error
         content = path.read_bytes()
-    check_size(len(content))
-    return content
+    graph = Graph(content)
+    widen_products_(graph)
+    return graph
 
 
 def part_factors_(core: GraphModule) -> None:
@@ -107,7 +109,7 @@ def locate_taps(content: bytes, program: CapturedProgram) -> dict[str, str]:
         BuildError: a tap cannot be found so, or its tensor's name is not unique.
     """
     names = (*program.output_names, *program.tap_nodes)
-    debug = Graph(_convert(program, program.debug_program, names))
+    debug = _convert(program, program.debug_program, names)
     wanted = Origins(debug)
     shipped = Graph(content)
     found = Origins(shipped).results()
