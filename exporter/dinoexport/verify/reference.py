@@ -386,7 +386,7 @@ def _noted_norms(deploy: DeployModel) -> Iterator[NotedRuns]:
             return
         epsilon = float(module.eps)  # type: ignore[arg-type]
         seen = runs[-1]
-        key = hashlib.sha256(inputs[0].cpu().contiguous().numpy()).digest()
+        key = hashlib.sha256(inputs[0].cpu().contiguous().numpy().data).digest()
         repeated = any(n.epsilon == epsilon and key == other for n, other in seen)
         layer = layers[min(len(deploy.backbone.record), len(layers) - 1)]
         seen.append((Norm(layer, epsilon, repeated), key))

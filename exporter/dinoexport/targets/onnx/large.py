@@ -1,8 +1,7 @@
-"""Weights beside the graph: protobuf holds 2 GB, and whatever reads or checks a graph alone need not
-carry them.
+"""Weights beside the graph: protobuf holds 2 GB, and what checks a graph need not carry them.
 
-    up to 2 GB    model.onnx
-    above         model.onnx, which names model.onnx.data: offset and length of each weight
+up to 2 GB    model.onnx
+above         model.onnx, which names model.onnx.data: offset and length of each weight
 """
 
 import math

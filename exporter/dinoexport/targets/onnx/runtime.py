@@ -14,7 +14,6 @@ from dinoexport.errors import BundleError
 from dinoexport.targets.base import RunResult, Runtime, plain
 from dinoexport.targets.onnx.exact import to_exact_precision_
 
-
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Where onnxruntime looks for weights beside a model that it is given as bytes."""
 

@@ -96,7 +96,7 @@ def _plain(value: Any) -> Any:
 def _digest(*parts: Any) -> bytes:
     digest = hashlib.sha256()
     for part in parts:
-        raw = part if isinstance(part, np.ndarray) else repr(part).encode()
+        raw = part.data if isinstance(part, np.ndarray) else repr(part).encode()
         digest.update(len(raw).to_bytes(8, "little"))
         digest.update(raw)
     return digest.digest()

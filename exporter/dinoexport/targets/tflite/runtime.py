@@ -13,7 +13,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from dinoexport.errors import BundleError
 from dinoexport.targets.base import RunResult, Runtime, plain
-from dinoexport.targets.tflite.exact import exact_form
+from dinoexport.targets.tflite.exact import to_exact_form_
 from dinoexport.targets.tflite.graph import Graph
 
 CHANNELS_LAST = "channels-last:"
@@ -28,7 +28,7 @@ class TfliteRuntime(Runtime):
         taps: {tap: tensor name}. A delegate does not give its inner tensors, so these become
             outputs of the graph, and the kernels stay those that apps run.
         threads: of the XNNPACK delegate.
-        exact: compute in float32 with the stored numbers, see ``exact_form``.
+        exact: compute in float32 with the stored numbers, see ``to_exact_form_``.
         own_kernels: LiteRT's own, several times slower than XNNPACK; without a choice, those of
             exact arithmetic.
     """
@@ -108,10 +108,11 @@ def _rewrite(content: bytes, outputs: set[str], exact: bool) -> bytes:
         ValueError: it is damaged.
     """
     try:
-        content = exact_form(content) if exact else content
-        if not outputs:
+        if not (outputs or exact):
             return content
         graph = Graph(content)
+        if exact:
+            to_exact_form_(graph)
         graph.add_outputs(outputs)
         return graph.encode()
     except Exception as error:  # a damaged flatbuffer fails in any access
