@@ -62,7 +62,7 @@ def large_norms(model: DeployModel, samples: Iterable[tuple[Tensor, ...]]) -> tu
 
 
 @contextmanager
-def watch_norms(model: DeployModel) -> Iterator[set[str]]:
+def watch_norms(model: nn.Module) -> Iterator[set[str]]:
     """Collect the names that ``large_norms`` gives, while a model is run for another reason."""
     # Subclasses normalise another axis, or are guarded.
     norms = {name: m for name, m in model.named_modules() if type(m) is nn.LayerNorm}

@@ -56,6 +56,9 @@ class Target(ABC):
     """Precisions that can be built, {name: where it runs and where it pays}."""
     timed_here: bool = True
     """True where this machine runs artifacts by the runtime that apps use."""
+    taps_disturb: bool = True
+    """True where taps may change what an artifact computes: as outputs they keep a runtime from
+    fusing."""
     image_input: bool = False
     """True where the natural input is an image type rather than an NHWC tensor."""
 
@@ -134,6 +137,16 @@ class Target(ABC):
                     f"it has is {nearest(precision, self.supports)}. "
                     f"It has {', '.join(self.supports)}; see `dinoexport list recipes`."
                 )
+
+    def check_weights(self, size_bytes: int) -> None:  # noqa: B027 (most formats hold any)
+        """Refuse a model that the format cannot hold, before minutes are spent on it.
+
+        Args:
+            size_bytes: of its weights in float32, which is what converters read.
+
+        Raises:
+            BuildError: it is too large.
+        """
 
     def notice(self, recipe: Recipe, options: LowerOptions) -> str:
         """Return what the user should know before an artifact is built, in one line, or nothing."""

@@ -34,11 +34,6 @@ tests plant them anew)."""
 LEAST_COSINE = {8: 0.98, 6: 0.95, 4: 0.9}
 """By the bits of the coarsest weights, at every tap and for every sample."""
 
-STRUCTURE_SAMPLES = (0, -1)
-"""Of the reference's: one of photographs and one rendered. A graph and its weights are the same for
-every picture, so in exact arithmetic a few tell what all would; errors in the task's unit depend on
-the picture, and are judged on all."""
-
 EPSILON_TOLERANCE = 1e-3
 """Relative. A stored epsilon is rounded once, to float32 (6e-8) or as the reference is."""
 
@@ -69,12 +64,12 @@ def verify_artifact(
         ParityError: artifact and reference do not have the same outputs or taps.
         BundleError: the artifact cannot be loaded.
     """
-    few = [range(reference.samples)[index] for index in STRUCTURE_SAMPLES]
     # Angles are judged of quantised recipes alone, and then on every sample.
-    tapped = few if recipe.is_float else list(range(reference.samples))
-    tick = _Ticker(progress, reference.samples + len(tapped) + len(few))
+    some = recipe.is_float and target.taps_disturb
+    tapped = reference.few if some else list(range(reference.samples))
+    tick = _Ticker(progress, reference.samples + len(tapped) + len(reference.few))
     name, as_shipped, precise = _run_shipped(target, path, taps, reference, tapped, tick)
-    wanted = reference.structural(recipe).at(few)
+    wanted = reference.structural(recipe)
     exact_name, exact = _run_exact(target, path, taps, reference, wanted, task, tick)
 
     outputs = judge_outputs(as_shipped, reference.exact, task, recipe)
@@ -147,13 +142,13 @@ def _run_shipped(
         What ran it; outputs of every sample; outputs and taps of ``tapped``.
     """
     precise = run_samples(target.runtime(path, taps), reference, tick, tapped)
+    _check_names(precise.outputs, reference.exact.outputs, "output", path)
     runtime = target.runtime(path)
     every = list(range(reference.samples))
-    few = [every[index] for index in STRUCTURE_SAMPLES]
     if list(tapped) == every:
+        few = reference.few if target.taps_disturb else []
         first = run_samples(runtime, reference, lambda: None, few)
-        _check_names(first.outputs, reference.exact.outputs, "output", path)
-        if _same_bits(first.outputs, precise.at(few).outputs):
+        if not few or _same_bits(first.outputs, precise.at(few).outputs):
             for _ in every:
                 tick()
             return runtime.name, Values(precise.outputs, {}), precise
@@ -185,11 +180,10 @@ def _run_exact(
     Returns:
         What ran it; outputs and taps of ``STRUCTURE_SAMPLES``.
     """
-    few = [range(reference.samples)[index] for index in STRUCTURE_SAMPLES]
     name, found = "", Values({}, {})
     for open_runtime in target.exact_runtimes(path, taps):
         runtime = open_runtime()
-        name, found = runtime.name, run_samples(runtime, reference, tick, few)
+        name, found = runtime.name, run_samples(runtime, reference, tick, reference.few)
         _check_names(found.taps, wanted.taps, "tap", path)
         least = min(sqnr_db(wanted.taps[tap], found.taps[tap]) for tap in taps)
         outputs = judge_outputs(found, wanted, task, parse_recipe("fp32"))

@@ -38,6 +38,12 @@ DEPLOY_BUDGET = 1e-4
 """Largest error of the deploy graph against the training model, in the unit of the outputs."""
 
 
+STRUCTURE_SAMPLES = (0, -1)
+"""On which the structure of an artifact is judged: one sample of photographs and one rendered. A
+graph and its weights are the same for every picture, so in exact arithmetic a few tell what all
+would; errors in the task's unit depend on the picture, and are judged on all."""
+
+
 class Norm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One LayerNorm or GroupNorm as it runs: its epsilon, and the first tap that it reaches.
 
@@ -85,6 +91,9 @@ class Values:
 class Reference:
     """Inputs (samples, H, W, 3) uint8, what the model gives, and with which weights.
 
+    ``exact`` is of every sample; ``deployed`` of ``STRUCTURE_SAMPLES`` in a reference that is made
+    now, and of every sample in older ones.
+
     ``deployed`` is what the deploy graph gives with the numbers of each recipe, by its name. At
     fp32 too: what is folded there (BatchNorm above all) costs digits that the structure of an
     artifact must not answer for.
@@ -123,7 +132,7 @@ class Reference:
         ]
 
     def structural(self, recipe: Recipe) -> Values:
-        """Values of the deploy graph with the numbers of a recipe.
+        """Values of the deploy graph with the numbers of a recipe, of ``STRUCTURE_SAMPLES``.
 
         Raises:
             ParityError: the reference has none for it.
@@ -133,7 +142,14 @@ class Reference:
                 f"the reference knows {', '.join(self.deployed)}, and {recipe.name} was built. "
                 "Use the bundle's own reference."
             )
-        return self.deployed[recipe.name]
+        found = self.deployed[recipe.name]
+        count = len(next(iter(found.outputs.values())))
+        return found if count == len(STRUCTURE_SAMPLES) else found.at(self.few)
+
+    @property
+    def few(self) -> list[int]:
+        """Which samples ``STRUCTURE_SAMPLES`` are."""
+        return _places(self.samples)
 
     def sketch(self, taps: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Take the recorded elements of each tap, flat."""
@@ -141,6 +157,15 @@ class Reference:
             name: np.asarray(as_rows(name, value), np.float32).reshape(-1)[self.positions[name]]
             for name, value in taps.items()
         }
+
+
+def _places(samples: int) -> list[int]:
+    return [range(samples)[index] for index in STRUCTURE_SAMPLES]
+
+
+def _few(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Inputs of ``STRUCTURE_SAMPLES``."""
+    return {name: images[_places(len(images))] for name, images in inputs.items()}
 
 
 def as_rows(tap: str, value: Any) -> Any:
@@ -191,18 +216,21 @@ def make_reference(
             positions.update(positions or _positions(taps, deploy.backbone.prefix_count))
             return outputs, taps
 
-        exact = _run_all(trained, inputs, positions, device)
+        # What reads large values is watched on every sample, in passes that are run anyway: those
+        # of large models take minutes. Both models have the same names for what both have.
+        with watch_norms(model) as large:
+            exact = _run_all(trained, inputs, positions, device)
         _check_finite(exact)
-        # One pass tells all that is wanted of the deploy graph: large models take minutes for it.
-        with watch_norms(deploy) as large, _noted_norms(deploy) as noted:
+        few = _few(inputs)
+        with watch_norms(deploy) as deploy_large, _noted_norms(deploy) as noted:
 
             def run(pixels: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
                 noted.append([])
                 return deploy.run(pixels)
 
-            deployed = {"fp32": _run_all(run, inputs, positions, device)}
+            deployed = {"fp32": _run_all(run, few, positions, device)}
         norms = _compare_runs(noted)
-        _check_deploy(exact, deployed["fp32"], model.task)
+        _check_deploy(exact.at(_places(len(samples))), deployed["fp32"], model.task)
     model.to("cpu")
     info = ReferenceInfo(
         checkpoint_sha256=checkpoint_sha256,
@@ -216,8 +244,10 @@ def make_reference(
             **({"cuda": torch.version.cuda or ""} if device.type == "cuda" else {}),
         },
     )
-    names = tuple(name for name, _ in deploy.named_modules() if name in large)
-    return Reference(info, inputs, exact, deployed, positions, names)
+    large |= deploy_large
+    norm_names = [name for name, module in deploy.named_modules() if type(module) is nn.LayerNorm]
+    guarded = tuple(name for name in norm_names if name in large)
+    return Reference(info, inputs, exact, deployed, positions, guarded)
 
 
 def with_deployed(
@@ -233,7 +263,8 @@ def with_deployed(
     """
     device = device or pick_device()
     with _exact_arithmetic():
-        values = _run_all(deploy.to(device).run, reference.inputs, reference.positions, device)
+        few = _few(reference.inputs)
+        values = _run_all(deploy.to(device).run, few, reference.positions, device)
     deploy.to("cpu")
     deployed = reference.deployed | {recipe: values}
     info = msgspec.structs.replace(reference.info, deployed=tuple(deployed))
@@ -510,6 +541,7 @@ def _fits(reference: Reference) -> bool:
         return False
     if any(images.dtype != np.uint8 for images in reference.inputs.values()):
         return False
+    few = (len(STRUCTURE_SAMPLES),)
     if positions.keys() != exact.taps.keys():
         return False
     # An index below zero would be taken from the end.
@@ -517,15 +549,19 @@ def _fits(reference: Reference) -> bool:
         p.ndim != 1 or p.dtype.kind != "i" or not p.size or p.min() < 0 for p in positions.values()
     ):
         return False
-    for values in (exact, *reference.deployed.values()):
+    for values, counts in [
+        (exact, [count]),
+        *((v, [count, few]) for v in reference.deployed.values()),
+    ]:
         if values.outputs.keys() != exact.outputs.keys() or values.taps.keys() != exact.taps.keys():
             return False
-        if any(
-            value.shape[:1] != count or value.shape != exact.outputs[name].shape
+        held = next(iter(values.outputs.values())).shape[:1]
+        if held not in counts or any(
+            value.shape != (*held, *exact.outputs[name].shape[1:])
             for name, value in values.outputs.items()
         ):
             return False
-        if any(tap.shape != (*count, positions[n].size) for n, tap in values.taps.items()):
+        if any(tap.shape != (*held, positions[n].size) for n, tap in values.taps.items()):
             return False
         if not all(np.isfinite(v).all() for v in (*values.outputs.values(), *values.taps.values())):
             return False

@@ -54,6 +54,12 @@ class TfliteTarget(Target):
 
         return TfliteRuntime(path, taps or {}, exact=exact)
 
+    def check_weights(self, size_bytes: int) -> None:
+        """Refuse what passes the 2 GB of a flatbuffer."""
+        from dinoexport.targets.tflite.graph import check_size
+
+        check_size(size_bytes)
+
     def exact_runtimes(
         self, path: Path, taps: Mapping[str, str]
     ) -> Sequence[Callable[[], Runtime]]:

@@ -224,8 +224,8 @@ def check_size(size_bytes: int) -> None:
     """
     if size_bytes > MAX_BYTES:
         raise BuildError(
-            f"tflite: the model has {size_bytes / 2**30:.1f} GiB of weights while it is converted, "
-            "in float32; a flatbuffer holds 2. Use --target onnx, or a smaller backbone."
+            f"tflite: the model has {size_bytes / 2**30:.1f} GiB of weights in float32, as it is "
+            "converted; a flatbuffer holds 2. Use --target onnx,coreml or a smaller backbone."
         )
 
 

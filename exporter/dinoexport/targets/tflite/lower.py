@@ -37,8 +37,8 @@ def _convert(
 ) -> Graph:
     with tempfile.TemporaryDirectory(prefix="dinoexport-") as folder:
         path = Path(folder) / "model.tflite"
-        check_size(_bytes_of(exported))
         _check_space(Path(folder), exported)
+        check_size(_bytes_of(exported))
         adaptor = NhwcAdaptor(exported, program.input_names, output_names)
         part_factors_(adaptor.core)
         try:
