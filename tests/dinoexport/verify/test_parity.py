@@ -70,6 +70,8 @@ class FakeRuntime(Runtime):
             for i in range(reference.samples)
             if all(np.array_equal(images[n], a) for n, a in reference.sample(i).items())
         )
+        if len(next(iter(self._values.outputs.values()))) < reference.samples:
+            index = reference.few.index(index)
         outputs = {n: v[index].reshape(1) for n, v in self._values.outputs.items()}
         taps = {n: self._whole(n, v[index]) for n, v in self._values.taps.items()}
         for name, change in self._changes.items():
@@ -145,7 +147,7 @@ def verdict(reference: Reference) -> Callable[..., Verdict]:
             target, path, PLACES, parse_recipe(precision), reference, TASK, progress
         )
         # Outputs are those of the file as it ships; taps may make a runtime do otherwise.
-        assert target.opened == [(False, False), (True, False), (True, True)]
+        assert target.opened == [(True, False), (False, False), (True, True)]
         return result
 
     return verify
@@ -194,7 +196,7 @@ def test_the_references_own_values_pass(verdict, reference: Reference, precision
     assert result.runtime == result.structure.runtime == "fake 1.0"
     assert result.reference.samples == reference.samples == 6
     assert result.reference.checkpoint_sha256 == reference.info.checkpoint_sha256
-    assert steps == [(done, 18) for done in range(1, 19)]
+    assert steps == [(done, 10) for done in range(1, 11)]
 
 
 def test_structure_is_compared_with_rounded_weights(reference: Reference) -> None:

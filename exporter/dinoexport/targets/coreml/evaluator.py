@@ -27,8 +27,9 @@ from dinotrain.errors import ShapeError, UsageError, unknown_name
 FP16_LIMIT = 65504.0
 """The largest finite number in half precision."""
 
-_PART = 2**17
-"""Numbers that are rounded at a time."""
+_PART = 2**15
+"""Numbers that are rounded at a time: they fit into a cache, and torch starts no threads for them,
+which wait for each other longer than they work."""
 
 _CHANNELS = {"RGB": 3, "BGR": 3, "GRAYSCALE": 1, "GRAYSCALE_FLOAT16": 1}
 _IMAGE_TYPE: Any = FeatureTypes_pb2.ImageFeatureType
