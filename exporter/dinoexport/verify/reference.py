@@ -325,7 +325,7 @@ def _run_training(
     with _seen(model) as seen:
         outputs = model(dict(zip([i.name for i in model.task.inputs], pixels, strict=True)))
     # A model may run its pictures one by one.
-    found = {name: torch.cat(values) for name, values in seen.items()}
+    found = {name: torch.cat(seen.pop(name)) for name in list(seen)}
     if not isinstance(model.backbone, VisionTransformer):
         images = model.normalise(torch.cat(pixels))
         found |= dict(model.backbone.trace(images, model.pool.deepest))
@@ -378,6 +378,8 @@ def _run_all(run, inputs: dict[str, np.ndarray], positions, device: torch.device
         for name, value in inner.items():
             flat = as_rows(name, value).reshape(-1).cpu().numpy()
             taps.setdefault(name, []).append(flat[positions[name]])
+        # Taps of a large model fill the memory twice where the next ones come before these go.
+        del got, inner
     return Values(
         {name: np.stack(values).astype(np.float32) for name, values in outputs.items()},
         {name: np.stack(values).astype(np.float32) for name, values in taps.items()},
