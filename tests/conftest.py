@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # One thread per process, before torch is imported here or in a child: more would only wait.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread per process, before torch is imported here or in a child: beside other processes more
+# would only wait, and sums come out the same however tests are started.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ has a hidden name for a moment; if the build is killed just then, the next one b
 
 import ctypes
 import errno
+import hashlib
 import os
 import shutil
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dinoexport.errors import BuildError, BundleError, TamperedError
-from dinoexport.manifest import FileRecord, Manifest, decode_manifest, encode_manifest
+from dinoexport.manifest import BudgetRecord, FileRecord, Manifest, decode_manifest, encode_manifest
 from dinotrain.digests import digest
 
 MANIFEST = "manifest.json"
@@ -65,6 +66,32 @@ def artifact_size(manifest: Manifest) -> int:
 def is_of_artifact(file: str, artifact: str) -> bool:
     """True for an artifact's file, those within its folder, and its weights beside it."""
     return file in (artifact, f"{artifact}.data") or file.startswith(f"{artifact}/")
+
+
+def artifact_digest(path: Path) -> str:
+    """sha256 of an artifact, as hex: of its file, or over the names and digests of its files.
+
+    Where weights lie beside the file, theirs follows behind a plus.
+    """
+    weights = path.with_name(f"{path.name}.data")
+    if path.is_file():
+        parts = [path, weights] if weights.is_file() else [path]
+        return "+".join(digest(part) for part in parts)
+    lines = [f"{name}={digest(path / name)}" for name in _files(path)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def check_measured(path: Path, budget: BudgetRecord | None) -> None:
+    """Refuse an artifact that is not the one whose loss a search measured.
+
+    Raises:
+        BuildError: its bytes are others.
+    """
+    if budget is not None and artifact_digest(path) != budget.artifact_sha256:
+        raise BuildError(
+            f"{path.name}: not the bytes that the search measured, so its loss is not known. "
+            "Remove the .search files from --out and search again."
+        )
 
 
 def open_bundle(path: Path) -> Bundle:

@@ -123,6 +123,33 @@ class CalibrationSummary(_Frozen, frozen=True, kw_only=True):
     observer: str
 
 
+class BudgetRecord(_Frozen, frozen=True, kw_only=True):
+    """What ``build --precision auto`` was asked to hold, and what the artifact lost on pictures
+    that neither calibration nor the proposal of mixtures saw.
+
+    Attributes:
+        option: of the command line that set it, such as ``max-error-mm``.
+        unit: of ``allowed`` and ``measured``.
+        allowed: at most, on the held-out pictures.
+        measured: of this artifact, as it is shipped.
+        samples: held out.
+        source: of these, in a few words.
+        pixels_sha256: over their pixels, in order; see ``pictures.set_digest``.
+        artifact_sha256: of what was measured; see ``artifact_digest``.
+        passed: it held.
+    """
+
+    option: str
+    unit: str
+    allowed: float
+    measured: float
+    samples: int
+    source: str
+    pixels_sha256: str
+    artifact_sha256: str
+    passed: bool
+
+
 class Verdict(_Frozen, frozen=True, kw_only=True):
     """The result of parity; ``passed`` is true only if every gate passed."""
 
@@ -145,6 +172,7 @@ class Manifest(_Frozen, frozen=True, kw_only=True):
     target: str
     precision: str
     calibration: CalibrationSummary | None = None
+    budget: BudgetRecord | None = None
     artifact: str
     minimum_os: str
     inputs: tuple[InputSpec, ...]

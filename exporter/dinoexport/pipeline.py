@@ -17,6 +17,7 @@ from dinoexport.bundle import (
     Bundle,
     artifact_size,
     check_files,
+    check_measured,
     lock_output,
     open_bundle,
     record_files,
@@ -29,6 +30,7 @@ from dinoexport.errors import BuildError, ParityError
 from dinoexport.graph.capture import CapturedProgram, capture_deploy
 from dinoexport.graph.deploy_model import DeployModel
 from dinoexport.manifest import (
+    BudgetRecord,
     CalibrationSummary,
     CheckpointRecord,
     Manifest,
@@ -116,6 +118,8 @@ class BuildRequest:
     minimum_ios: int = 17
     layout: str = "tokens"
     calibration: CalibrationRequest = CalibrationRequest()
+    budget: BudgetRecord | None = None
+    """What the recipe was chosen to hold, of one target."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,7 @@ class BuiltBundle:
     path: Path
     size_bytes: int
     verdict: Verdict
+    budget: BudgetRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -383,6 +388,7 @@ def _build_one(
         with reporter.step(f"lower to {target.name}"), quiet(log), _stage(target.name, log):
             taps = target.lower(program, artifact, options, metadata)
         release()
+        check_measured(artifact, plan.request.budget)
         with reporter.step(f"verify {target.name}") as step, quiet(log):
             verdict = verify_artifact(
                 target, artifact, taps, plan.recipe, reference, task, step.update
@@ -396,6 +402,7 @@ def _build_one(
             target=target.name,
             precision=plan.recipe.name,
             calibration=_summarise(calibration),
+            budget=plan.request.budget,
             artifact=artifact.name,
             minimum_os=target.minimum_os(plan.recipe, options),
             inputs=tuple(describe_inputs(task, plan.config.image_size, target.image_input)),
@@ -424,6 +431,7 @@ def _build_one(
         plan.request.out / bundle_name,
         artifact_size(manifest),
         verdict,
+        plan.request.budget,
     )
 
 

@@ -5,6 +5,7 @@ command line, in file names and in manifests.
     w8a8:blocks.5.mlp=fp16            …but the MLP of block 5 in half precision
     w8a8:smooth,blocks.*.mlp.fc2=w8   …smoothed, and every fc2 with float activations
     w8:blocks.2+5.attn=fp16           …the attention of blocks 2 and 5 in half precision
+    w8:blocks.0-3+9.attn=fp16         …of blocks 0, 1, 2, 3 and 9
 """
 
 import re
@@ -119,7 +120,8 @@ MODIFIERS = {
 }
 """What may stand behind a colon besides layers, in the order in which it is done."""
 
-_PATTERN = re.compile(r"[a-z0-9_*+]+(\.[a-z0-9_*+]+)*")
+_PATTERN = re.compile(r"[a-z0-9_*+-]+(\.[a-z0-9_*+-]+)*")
+_RANGE = re.compile(r"(\d+)-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ class Recipe:
         Args:
             layers: names, such as ``blocks.5.mlp.fc1``. A pattern fits a layer whose first parts
                 it fits: ``blocks.5.mlp`` is ``blocks.5.mlp.fc1`` and ``blocks.5.mlp.fc2``;
-                ``*`` stands for anything within a part, ``2+5`` for one of several.
+                ``*`` stands for anything within a part, ``2+5`` for one of several, ``2-5`` for
+                one from 2 to 5.
 
         Raises:
             UsageError: a pattern fits no layer.
@@ -250,9 +253,16 @@ def _precision(name: str) -> Precision:
 def _fits(pattern: str, layer: str) -> bool:
     wanted, parts = pattern.split("."), layer.split(".")
     return len(wanted) <= len(parts) and all(
-        any(fnmatchcase(part, choice) for choice in choices.split("+"))
+        any(_is_one(part, choice) for choice in choices.split("+"))
         for part, choices in zip(parts, wanted, strict=False)
     )
+
+
+def _is_one(part: str, choice: str) -> bool:
+    ends = _RANGE.fullmatch(choice)
+    if ends is None:
+        return fnmatchcase(part, choice)
+    return part.isdecimal() and int(ends[1]) <= int(part) <= int(ends[2])
 
 
 def _summary(names: list[str]) -> str:

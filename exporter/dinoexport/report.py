@@ -65,6 +65,14 @@ def render_report(manifest: Manifest) -> str:
             f"Ranges of activations ({chosen.observer}): {chosen.count} samples, {chosen.source}, "
             f"seed {chosen.seed}, pixels `{chosen.sha256}`; `calibration.json` has them.",
         ]
+    if manifest.budget:
+        kept = manifest.budget
+        lines += [
+            "",
+            f"Budget (`--{kept.option}`): {kept.measured:.3g} {kept.unit} of {kept.allowed:g} "
+            f"allowed, on {kept.samples} held-out samples, {kept.source}, pixels "
+            f"`{kept.pixels_sha256}`: {'held' if kept.passed else 'NOT HELD'}.",
+        ]
     if verdict.blame:
         lines += ["", f"Blame: {verdict.blame.message}."]
     lines += [

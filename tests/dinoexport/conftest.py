@@ -13,6 +13,7 @@ from torch import Tensor
 from dinoexport.console import Reporter
 from dinoexport.manifest import (
     Blame,
+    BudgetRecord,
     CheckpointRecord,
     FileRecord,
     InputSpec,
@@ -144,6 +145,17 @@ def manifest() -> Manifest:
         task="eyelid",
         target="coreml",
         precision="fp16",
+        budget=BudgetRecord(
+            option="max-error-mm",
+            unit="mm",
+            allowed=0.1,
+            measured=0.0625,
+            samples=16,
+            source="eyes.csv, test split",
+            pixels_sha256="2" * 64,
+            artifact_sha256="3" * 64,
+            passed=True,
+        ),
         artifact="eyelid-tiny.mlpackage",
         minimum_os="iOS 17",
         inputs=(

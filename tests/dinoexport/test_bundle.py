@@ -25,7 +25,9 @@ from dinoexport.bundle import (
     PARTIAL,
     REFERENCE,
     REPORT,
+    artifact_digest,
     check_files,
+    check_measured,
     lock_output,
     open_bundle,
     record_files,
@@ -496,6 +498,28 @@ def test_records_are_what_other_tools_say(package: Path) -> None:
         assert said.stdout.split()[0] == records[WEIGHTS].sha256
     # What an app ships: neither manifest nor reference nor report.
     assert open_bundle(package).size_bytes() == 256_000 + len(b"model")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_only_the_artifact_that_was_measured_ships(
+    manifest: Manifest, tmp_path: Path, kind: str
+) -> None:
+    artifact = tmp_path / "model"
+    part = artifact if kind == "file" else artifact / "weights" / "weight.bin"
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_bytes(b"abc")
+    assert manifest.budget is not None
+    measured = msgspec.structs.replace(manifest.budget, artifact_sha256=artifact_digest(artifact))
+    check_measured(artifact, measured)
+    check_measured(artifact, None)
+    part.write_bytes(b"abd")
+    with pytest.raises(BuildError, match="model: not the bytes that the search measured"):
+        check_measured(artifact, measured)
+    part.write_bytes(b"abc")
+    part.rename(part.with_name("other"))
+    if kind == "folder":
+        with pytest.raises(BuildError, match="not the bytes"):
+            check_measured(artifact, measured)
 
 
 def test_an_unchanged_bundle_passes(package: Path, tmp_path: Path) -> None:

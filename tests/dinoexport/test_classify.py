@@ -75,7 +75,7 @@ def test_the_artifact_gives_what_the_model_gives(bundles, checkpoint, photograph
     model, _ = load_checkpoint(checkpoint)
     with torch.no_grad():
         wanted = model({"image": torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]})
-    budget = get_task("classify").budgets["fp16"]
+    budget = get_task("classify").budgets.float16
     for name, values in found.outputs.items():
         assert len(values) == len(NAMES)
         np.testing.assert_allclose(values, wanted[name][0], atol=budget)

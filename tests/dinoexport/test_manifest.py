@@ -63,8 +63,8 @@ def test_unknown_keys_are_refused_at_every_level(manifest: Manifest) -> None:
     free = {("files",), ("taps",), ("tools",), ("parity", "outputs"), ("parity", "taps")}
     free |= {("parity", "reference", "versions")}
     assert free < set(found)
-    # The manifest, inputs, outputs, preprocessing, a file, the checkpoint, and six of parity.
-    assert len(found) - len(free) == 12
+    # The manifest, inputs, outputs, budget, preprocessing, a file, the checkpoint, six of parity.
+    assert len(found) - len(free) == 13
     for place in set(found) - free:
         content = json.loads(encode_manifest(manifest))
         inner = content
@@ -73,6 +73,11 @@ def test_unknown_keys_are_refused_at_every_level(manifest: Manifest) -> None:
         inner["colour"] = "red"
         error = refusal(json.dumps(content).encode())
         assert "unknown field `colour`" in error, place
+
+
+def test_a_manifest_of_before_there_were_budgets_is_read(manifest: Manifest) -> None:
+    older = decode_manifest(edited(manifest, lambda m: m.pop("budget")), "m")
+    assert older == msgspec.structs.replace(manifest, budget=None)
 
 
 def test_wrong_types_are_refused(manifest: Manifest) -> None:

@@ -96,7 +96,7 @@ def test_the_artifact_gives_what_the_model_gives(bundles, checkpoint, files, tar
     with torch.no_grad():
         wanted = model(pixels)
     for name, value in found.items():
-        assert value == pytest.approx(wanted[name].item(), abs=TASK.budgets["fp16"])
+        assert value == pytest.approx(wanted[name].item(), abs=TASK.budgets.float16)
 
 
 @pytest.mark.parametrize("target", TARGETS)

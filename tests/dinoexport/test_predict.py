@@ -143,7 +143,7 @@ def test_every_target_gets_the_same_pixels(bundle, built, tmp_path, target):
     arguments = stored(pictures(7, 260, 300), tmp_path)
     first = predict_files(bundle, arguments, left_eye="L", px_per_mm=5.0)
     second = predict_files(built(target, "fp32"), arguments, left_eye="L", px_per_mm=5.0)
-    assert apart(first.outputs, second.outputs) < get_task("eyelid").budgets["fp32"]
+    assert apart(first.outputs, second.outputs) < get_task("eyelid").budgets.float32
     assert first.units == second.units
     assert first.runtime != second.runtime
 

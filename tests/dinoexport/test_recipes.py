@@ -53,6 +53,8 @@ def test_a_pattern_fits_the_first_parts_of_a_name() -> None:
     assert changed("blocks.1.mlp") == LAYERS[2:4]
     assert changed("blocks.*.mlp.fc1") == [LAYERS[2], LAYERS[4]]
     assert changed("blocks.1*") == LAYERS[1:5]
+    assert changed("blocks.0-1") == LAYERS[1:4]  # and not block 10
+    assert changed("blocks.2-10.mlp") == LAYERS[4:5]
     assert changed("head") == LAYERS[5:]
 
 

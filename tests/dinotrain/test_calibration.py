@@ -47,14 +47,6 @@ def people(count: int, seed: int) -> People:
 Predict = Callable[[People, Intervals | None], dict[str, np.ndarray]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 LEARNT = ("gaussian-mlp-15", "gaussian-ensemble-15", "gray-ensemble-15")
 BY_HEART = ("scalar-mlp-150", "gaussian-mlp-150", "gaussian-ensemble-150", "gray-ensemble-150")
 

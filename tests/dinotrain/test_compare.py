@@ -1,7 +1,6 @@
 """Presets side by side: each an ordinary run; a comparison goes on where it was cut off."""
 
 import pytest
-import torch
 
 from dinotrain.checkpoint import read_config
 from dinotrain.compare import compare_presets, over_seeds
@@ -10,14 +9,6 @@ from dinotrain.errors import UsageError
 from dinotrain.fit import train
 from dinotrain.tasks import get_task
 from dinotrain.train_config import TrainConfig
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

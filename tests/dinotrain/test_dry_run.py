@@ -20,14 +20,6 @@ from dinotrain.model import TaskModel
 from dinotrain.train_config import TrainConfig
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def config(tiny_eyes, tiny_backbone, tmp_path):
     return TrainConfig(

@@ -15,14 +15,6 @@ from dinotrain.model import ModelConfig, TaskModel
 from dinotrain.tasks import get_task
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(backbone_file, **changes) -> TaskModel:
     backbone = load_backbone(backbone_file)
     config = {"task": "eyelid", "backbone": backbone.config, "image_size": (28, 28)} | changes

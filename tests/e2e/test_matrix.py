@@ -13,6 +13,8 @@ from PIL import Image
 from dinoexport.console import Reporter
 from dinoexport.pipeline import BuildRequest, build, verify_bundle
 from dinoexport.predict import predict_files
+from dinoexport.recipes import parse_recipe
+from dinoexport.verify.parity import budget_of
 from dinotrain.backbones.convnets.backbone import init_weights_ as init_convnet_
 from dinotrain.backbones.convnets.config import ConvNetConfig
 from dinotrain.backbones.convnets.table import build_convnet
@@ -162,7 +164,7 @@ def test_the_whole_way(case, backbones, data, cache, tmp_path):
         assert list(found) == list(wanted), bundle.target
         for name, value in wanted.items():
             off = get_task(task).error(value[None], np.asarray(found[name], np.float64)[None])
-            assert off <= get_task(task).budgets[precision], (bundle.target, name)
+            assert off <= budget_of(get_task(task), parse_recipe(precision)), (bundle.target, name)
     assert verify_bundle(result.bundles[0].path, None, Reporter(enabled=False)).passed
 
 

@@ -9,8 +9,10 @@ from dinoexport.cli.output import FAILED, check_folder, print_json
 from dinotrain.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
+    from dinoexport.manifest import BudgetRecord
     from dinoexport.pipeline import BuildRequest
     from dinoexport.search.search import SearchResult
+    from dinotrain.tasks.base import Task
 
 AUTO = "auto"
 
@@ -68,12 +70,34 @@ def build_by_budget(
     for result in results:
         if result.chosen is not None:
             chosen = dataclasses.replace(
-                request, precision=result.chosen.recipe, target=result.target
+                request,
+                precision=result.chosen.recipe,
+                target=result.target,
+                budget=_record(result, task, budget),
             )
             bundles += build(chosen, reporter).bundles
     _report(results, bundles, budget, json)
     if len(bundles) < len(results) or not all(b.verdict.passed for b in bundles):
         raise typer.Exit(FAILED)
+
+
+def _record(result: "SearchResult", task: "Task", budget: float) -> "BudgetRecord | None":
+    """What the bundle says of the budget that its artifact was chosen for."""
+    from dinoexport.manifest import BudgetRecord
+
+    if result.chosen is None:
+        return None
+    return BudgetRecord(
+        option=task.drop_option,
+        unit=task.drop_unit,
+        allowed=budget,
+        measured=result.chosen.error,
+        samples=len(result.held_out.samples),
+        source=result.held_out.source,
+        pixels_sha256=result.held_out.sha256,
+        artifact_sha256=result.chosen.sha256,
+        passed=result.chosen.error <= budget,
+    )
 
 
 def _budget_of(task: str, option: str, drops: Mapping[str, float | None]) -> float:
@@ -121,8 +145,11 @@ def _show(result: "SearchResult", plan: Any, budget: float, unit: str, json: boo
     typer.echo(f"{result.target}: {len(result.candidates)} artifacts on {result.judged_on}; {path}")
     for line in front_table(result.candidates, budget, unit, result.chosen):
         typer.echo(line)
-    for recipe, why in result.refused.items():
-        typer.echo(f"    {recipe} was not built: {why}")
+    reasons: dict[str, list[str]] = {}
+    for recipe, why in (result.refused | result.skipped).items():
+        reasons.setdefault(why, []).append(recipe)
+    for why, recipes in reasons.items():
+        typer.echo(f"    not built: {', '.join(recipes)}: {why}")
     if result.chosen is None:
         least = min(result.candidates, key=lambda c: c.error)
         typer.echo(
@@ -143,6 +170,7 @@ def _report(results: "list[SearchResult]", bundles: Any, budget: float, json: bo
                 {f: getattr(c, f) for f in c.__struct_fields__} for c in result.candidates
             ],
             "refused": result.refused,
+            "skipped": result.skipped,
         }
         for result in results
     }

@@ -128,7 +128,7 @@ def verify(
             typer.echo(f"FAIL  {one_line(str(error))}")
         raise typer.Exit(FAILED) from None
     if json:
-        print_json(_verdict_json(verdict))
+        print_json(_plain(verdict))
     else:
         print_verdict(str(bundle), verdict)
     if not verdict.passed:
@@ -185,22 +185,23 @@ def _print_plan(plan: Any, json: bool) -> None:
     typer.echo("nothing was written (--dry-run)")
 
 
-def _verdict_json(verdict: Any) -> dict[str, Any]:
+def _plain(record: Any) -> dict[str, Any]:
     import msgspec
 
-    return msgspec.to_builtins(verdict)
+    return msgspec.to_builtins(record)
 
 
 def bundle_json(bundle: Any) -> dict[str, Any]:
     """What `build --json` says of one bundle."""
-    return {
+    facts = {
         "target": bundle.target,
         "precision": bundle.precision,
         "path": str(bundle.path),
         "passed": bundle.verdict.passed,
         "size_bytes": bundle.size_bytes,
-        "parity": _verdict_json(bundle.verdict),
+        "parity": _plain(bundle.verdict),
     }
+    return facts if bundle.budget is None else facts | {"budget": _plain(bundle.budget)}
 
 
 def print_bundles(bundles: Any, json: bool, more: dict[str, Any] | None = None) -> None:
@@ -211,6 +212,12 @@ def print_bundles(bundles: Any, json: bool, more: dict[str, Any] | None = None) 
         return
     for bundle in bundles:
         print_verdict(str(bundle.path), bundle.verdict, bundle.size_bytes)
+        if bundle.budget:
+            kept = bundle.budget
+            typer.echo(
+                f"      budget        {kept.measured:.2g} {kept.unit} of {kept.allowed:g} allowed, "
+                f"on {kept.samples} held-out samples"
+            )
 
 
 def print_verdict(title: str, verdict: Any, size_bytes: int | None = None) -> None:

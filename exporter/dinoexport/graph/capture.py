@@ -33,8 +33,9 @@ class CapturedProgram:
     """One captured model: float32 pixels (1, 3, H, W) of 0..255 per input, (1,) per output.
 
     ``debug_program`` is the same graph with the taps as further outputs; ``tap_nodes`` names the
-    node of each tap, in the order of the graph; ``decode_nodes`` are those that come after the
-    logits and stay in float32. ``layers`` are those of ``recipe``, by name, with their nodes.
+    node of each tap, in the order of the graph, or nothing where nobody will look at them.
+    ``decode_nodes`` are those that come after the logits and stay in float32. ``layers`` are those
+    of ``recipe``, by name, with their nodes.
     """
 
     program: ExportedProgram
@@ -105,6 +106,31 @@ def capture_deploy(
         recipe=recipe,
         layers=_place(program, layers),
     )
+
+
+@torch.no_grad()
+def recapture_(
+    program: CapturedProgram, deploy: DeployModel, recipe: Recipe, layers: Mapping[str, Layer]
+) -> CapturedProgram:
+    """Return what ``capture_deploy`` would give, by changing the weights of a captured program.
+
+    Args:
+        program: of the same deploy model, prepared for a recipe without modifiers; loses its
+            weights.
+        deploy: prepared for another one without modifiers, both or none of them based on fp32.
+        recipe: that it was prepared for.
+        layers: by name.
+
+    Raises:
+        BuildError: the model has other weights than the program.
+    """
+    weights = deploy.state_dict()
+    for captured in (program.program, program.debug_program):
+        for name, value in captured.state_dict.items():
+            if name not in weights or weights[name].shape != value.shape:
+                raise BuildError(f"capture: {name} of the captured program is not in the model")
+            value.copy_(weights[name])
+    return dataclasses.replace(program, recipe=recipe, layers=_place(program.program, layers))
 
 
 def _place(program: ExportedProgram, layers: Mapping[str, Layer]) -> dict[str, Layer]:

@@ -18,12 +18,18 @@ from dinoexport.quantize.collect import calibrate
 from dinoexport.quantize.layers import Layer, Weighted, for_layer, weighted_layers
 from dinoexport.quantize.outliers import NORMAL, PART, SplitLinear, narrowed, split_outliers_
 from dinoexport.quantize.smoothing import smooth_
-from dinoexport.quantize.weights import store_weight
+from dinoexport.quantize.weights import StoredWeight, store_weight
 from dinoexport.recipes import PRECISIONS, Activations, Precision, Recipe
+
+Known = dict[tuple[str, str], StoredWeight]
+"""{(layer, precision): its weights, quantised}."""
 
 
 def prepare_(
-    model: nn.Module, recipe: Recipe, calibration: Calibration | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    calibration: Calibration | None = None,
+    known: Known | None = None,
 ) -> dict[str, Layer]:
     """Quantise and round a deploy model in place; what is not quantised keeps 11 bits, or all of
     them where the recipe's base is fp32.
@@ -33,6 +39,8 @@ def prepare_(
         recipe: what for.
         calibration: of this model as it is; needed where ``recipe.calibrated``. Modifiers run the
             model on its pictures again, with its observer.
+        known: weights of this model as it is that were quantised before, which are not quantised
+            again; others are added. Not looked at where modifiers change weights.
 
     Returns:
         {layer name: how it ships}, in running order.
@@ -51,8 +59,11 @@ def prepare_(
         calibration = _modify_(model, recipe, calibration, precisions)
     modules = weighted_layers(model)
     precisions = {name: _precision_of(name, precisions) for name in modules}
+    known = {} if known is None or recipe.modifiers else known
     layers = {
-        name: _with_ranges(_store(name, module, precisions[name]), module, model, calibration)
+        name: _with_ranges(
+            _store(name, module, precisions[name], known), module, model, calibration
+        )
         for name, module in modules.items()
     }
     if calibration is not None and "bias" in recipe.modifiers:
@@ -109,13 +120,16 @@ def _precision_of(name: str, precisions: Mapping[str, Precision]) -> Precision:
     return precisions[name.removesuffix(NORMAL)]
 
 
-def _store(name: str, module: Weighted, precision: Precision) -> Layer:
+def _store(name: str, module: Weighted, precision: Precision, known: Known) -> Layer:
     """Quantise a layer's weights; the module keeps its own."""
     if precision.is_float:
         return Layer(name, precision)
     if not bool(module.weight.isfinite().all()):
         raise BuildError(f"{name} holds weights that are not finite. Train the model again.")
-    return Layer(name, precision, store_weight(module.weight.detach().cpu().numpy(), precision))
+    key = name, precision.name
+    if key not in known:
+        known[key] = store_weight(module.weight.detach().cpu().numpy(), precision)
+    return Layer(name, precision, known[key])
 
 
 def _with_ranges(

@@ -21,6 +21,7 @@ class Candidate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     Attributes:
         recipe: its name, which is all that is needed to build it again.
         size_bytes: of the artifact.
+        sha256: of the artifact, see ``artifact_digest``: the same recipe gives the same one again.
         error: on the held-out pictures, in the task's unit.
         latency_ms: median on this host, as the runtime is opened by default; None where the host
             does not run the format as apps do.
@@ -28,6 +29,7 @@ class Candidate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     recipe: str
     size_bytes: int
+    sha256: str
     error: float
     latency_ms: float | None
 

@@ -44,37 +44,48 @@ def finer(precision: Precision, supported: Sequence[str]) -> Precision:
 def propose_mixture(
     base: Precision,
     raised: Precision,
-    noise: Mapping[str, float],
-    budget: float,
+    worth: Mapping[str, float],
+    limit: float,
     drop_of: Callable[[Recipe], float],
+    least: int = 0,
 ) -> Recipe | None:
-    """Return the mixture that raises as few groups as hold the budget, the noisiest ones first.
+    """Return the mixture that raises as few groups as hold a limit, those of most worth first.
 
     Args:
         base: of all other groups.
         raised: of the raised ones.
-        noise: {group: how much it disturbs the model at ``base``}.
-        budget: in the unit of ``drop_of``.
+        worth: {group: how much it disturbs the model at ``base``, for each weight it has}.
+        limit: in the unit of ``drop_of``.
         drop_of: what a recipe loses in simulation.
+        least: groups to raise at least.
 
     Returns:
         The mixture, ``base`` alone where that holds; None where raising every group but one does
-        not hold, or the name would be too long.
+        not hold.
     """
-    order = sorted(noise, key=lambda group: -noise[group])
+    order = sorted(worth, key=lambda group: -worth[group])
+
+    def mixture(count: int) -> Recipe:
+        return raise_groups(base, order[:count], raised, order)
 
     def holds(count: int) -> bool:
-        return drop_of(raise_groups(base, order[:count], raised)) <= SHARE * budget
+        return drop_of(mixture(count)) <= limit
 
-    low, high = -1, len(order) - 1
-    if not holds(high):
+    low, high = least - 1, len(order) - 1
+    if low >= high or not holds(high):
         return None
     # The drop falls, near enough, with each raised group: between low, which fails, and high.
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
+    # A name that is too long becomes shorter where more groups are raised: all of a kind are one *.
+    named = (count for count in range(high, len(order)) if _has_name(mixture(count)))
+    return next((mixture(count) for count in named if count == high or holds(count)), None)
+
+
+def _has_name(recipe: Recipe) -> bool:
     try:
-        # Read back from its name, which refuses names that are too long.
-        return parse_recipe(raise_groups(base, order[:high], raised).name)
+        parse_recipe(recipe.name)
     except UsageError:
-        return None
+        return False
+    return True

@@ -12,15 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
+from dinoexport.bundle import artifact_digest
 from dinoexport.console import Reporter, quiet
 from dinoexport.errors import BuildError
-from dinoexport.graph.capture import capture_deploy
+from dinoexport.graph.capture import CapturedProgram, capture_deploy, recapture_
 from dinoexport.graph.deploy_model import DeployModel
 from dinoexport.pipeline import (
     BuildPlan,
     embedded_metadata,
     load_model,
     make_deploy_model,
+    plan_build,
     read_pictures,
     tool_versions,
 )
@@ -28,13 +30,14 @@ from dinoexport.quantize.calibration import Calibration
 from dinoexport.quantize.collect import calibrate
 from dinoexport.quantize.observers import get_observer
 from dinoexport.quantize.pictures import HeldOut, read_held_out
-from dinoexport.quantize.prepare import assign_layers, prepare_
+from dinoexport.quantize.prepare import Known, assign_layers, prepare_
 from dinoexport.recipes import PRECISIONS, Precision, Recipe, parse_recipe
 from dinoexport.search.front import Candidate, Preference, choose
 from dinoexport.search.groups import group_layers, raise_groups
-from dinoexport.search.proposals import finer, ladder, propose_mixture
+from dinoexport.search.proposals import SHARE, finer, ladder, propose_mixture
 from dinoexport.search.simulation import Simulation, run_model
-from dinoexport.search.state import SearchState, load_state, save_state
+from dinoexport.search.sizes import group_sizes, weight_bytes
+from dinoexport.search.state import Measured, load_state, save_state
 from dinoexport.targets.base import LowerOptions, Runtime, Target
 from dinoexport.targets.table import get_target
 from dinoexport.verify.reference import Reference, make_reference
@@ -42,8 +45,10 @@ from dinotrain.digests import digest
 from dinotrain.errors import DinoError, UsageError
 from dinotrain.tasks import get_task
 
-SIMULATED_SAMPLES = 12
-"""Of the calibration pictures, that simulations run on."""
+SIMULATED_IMAGES = 36
+"""Of the calibration pictures, that simulations run on; a sample of an eyelid has three."""
+MIXTURES = 3
+"""Of one precision, that are built at most until one holds the budget."""
 TIMED_RUNS = 7
 IMPOSSIBLE = 1e30
 """JSON has no infinity."""
@@ -72,15 +77,22 @@ class SearchResult:
         target: its name.
         chosen: what is shipped; None if nothing holds the budget.
         candidates: all that were measured.
-        refused: {recipe: why it was not}.
-        judged_on: what errors were measured on, in a few words.
+        refused: {recipe: why it cannot be built}.
+        skipped: {recipe: why it was not built}: what is larger and no more exact than what holds.
+        held_out: what errors were measured on.
     """
 
     target: str
     chosen: Candidate | None
     candidates: tuple[Candidate, ...]
     refused: dict[str, str]
-    judged_on: str
+    skipped: dict[str, str]
+    held_out: HeldOut
+
+    @property
+    def judged_on(self) -> str:
+        """What errors were measured on, in a few words."""
+        return f"{len(self.held_out.samples)} held-out samples ({self.held_out.source})"
 
 
 class Search:
@@ -100,7 +112,7 @@ class Search:
         self, plan: BuildPlan, request: SearchRequest, reporter: Reporter, log: Path
     ) -> None:
         _check_preference(plan, request)
-        self.plan = dataclasses.replace(plan, recipe=parse_recipe("fp16"))
+        self.plan = plan_build(dataclasses.replace(plan.request, precision="fp16"))
         self.request = request
         self.reporter = reporter
         self.log = log
@@ -122,92 +134,152 @@ class Search:
         with reporter.step(f"calibrate on {pictures.source}") as step:
             observer = get_observer(plan.request.calibration.observer)
             self.calibration: Calibration = calibrate(self._make(), pictures, observer, step.update)
+        self._known: Known = {}
+        count = SIMULATED_IMAGES // len(self.task.inputs)
         self.simulation = Simulation(
-            self._make, self.calibration, pictures.samples[:SIMULATED_SAMPLES]
+            self._make, self.calibration, pictures.samples[:count], self._known
         )
         with reporter.step(f"run float32 on {len(self.held_out.samples)} held-out samples"):
             self.expected, _ = run_model(self._deploy, self.held_out.samples)
+        self._program: CapturedProgram | None = None
+        self._path = plan.request.out / f".search-{self._stem}.json"
+        self._state = load_state(self._path, self._key())
 
     def run(self, name: str) -> SearchResult:
         """Search one target; what an earlier run has measured is taken from its state."""
         target = get_target(name)
-        path = self.plan.request.out / f".search-{self._stem}-{name}.json"
-        state = load_state(path, self._key(target))
-
-        def keep() -> None:
-            save_state(path, state)
-
-        for recipe in self._propose(target, state, keep):
-            if recipe.name in state.candidates or recipe.name in state.refused:
+        measured = self._state.targets.setdefault(name, Measured())
+        skipped: dict[str, str] = {}
+        for recipe in self._propose(target, measured, skipped):
+            if recipe.name in measured.candidates or recipe.name in measured.refused:
                 continue
             try:
-                state.candidates[recipe.name] = self._measure(target, recipe)
+                measured.candidates[recipe.name] = self._measure(target, recipe)
             except DinoError as error:
-                state.refused[recipe.name] = str(error)
-            keep()
-        found = tuple(state.candidates.values())
+                measured.refused[recipe.name] = str(error)
+            self._keep()
+        found = tuple(measured.candidates.values())
         return SearchResult(
             target=name,
             chosen=choose(found, self.request.budget, self.request.prefer),
             candidates=found,
-            refused=dict(state.refused),
-            judged_on=f"{len(self.held_out.samples)} held-out samples ({self.held_out.source})",
+            refused=dict(measured.refused),
+            skipped=skipped,
+            held_out=self.held_out,
         )
 
     @property
     def _stem(self) -> str:
         return self.plan.name.removesuffix(f"-{self.plan.recipe.name}")
 
+    def _keep(self) -> None:
+        save_state(self._path, self._state)
+
     def _make(self) -> DeployModel:
         return copy.deepcopy(self._deploy)
 
-    def _key(self, target: Target) -> str:
+    def _key(self) -> str:
         """Digest of all that measurements depend on."""
         facts = (
             self.sha256,
             self.plan.config.image_size,
             self.plan.request.layout,
             self.plan.request.minimum_ios,
-            target.name,
             self.calibration.pictures.sha256,
-            self.calibration.observer.name,
+            self.calibration.observer.label,
             self.held_out.sha256,
             sorted(tool_versions().items()),
         )
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def _propose(
-        self, target: Target, state: SearchState, keep: Callable[[], None]
+        self, target: Target, measured: Measured, skipped: dict[str, str]
     ) -> Iterator[Recipe]:
-        """Recipes to build: fp16, each precision alone, and the mixture of each that may hold."""
+        """Recipes to build: fp16, each precision alone, and the mixture of each that may hold.
+
+        Where the smallest is asked for, what is larger than one that holds comes only if it is more
+        exact, and mixtures of it do not come at all.
+        """
         supported = list(target.supports)
-        yield parse_recipe("fp16")
+        float_half = parse_recipe("fp16")
+        yield float_half
         for base in ladder(supported):
             if not self._applies(base):
                 continue
-            yield Recipe(base)
-            raised = finer(base, supported)
-            noise = self._sensitivity(base, state, keep)
+            self._known.clear()
+            alone = Recipe(base)
+            drop = self._drop(alone)
+            smaller = self._smaller(alone, measured)
+            if alone.name in measured.candidates or smaller is None or drop < smaller.error:
+                yield alone
+            else:
+                skipped[alone.name] = f"larger and no more exact than {smaller.recipe}"
+            if smaller is None and not self._holds(alone, measured):
+                yield from self._mixtures(base, finer(base, supported), target, measured)
 
-            def drop_of(recipe: Recipe) -> float:
-                if recipe.name not in state.drops:
-                    state.drops[recipe.name] = self._simulate(recipe)
-                    keep()
-                return state.drops[recipe.name]
-
+    def _mixtures(
+        self, base: Precision, raised: Precision, target: Target, measured: Measured
+    ) -> Iterator[Recipe]:
+        """The mixture that may hold; where its artifact does not, a more careful one."""
+        noise = self._sensitivity(base)
+        sizes = group_sizes(self._deploy, noise)
+        worth = {group: noise[group] / sizes[group] for group in noise}
+        limit, least = SHARE * self.request.budget, 0
+        for _ in range(MIXTURES):
             with self.reporter.step(f"{target.name}: mixtures of {base.name} and {raised.name}"):
-                mixture = propose_mixture(base, raised, noise, self.request.budget, drop_of)
-            if mixture is not None:
-                yield mixture
+                mixture = propose_mixture(base, raised, worth, limit, self._drop, least)
+            if mixture is None or self._smaller(mixture, measured) is not None:
+                return
+            yield mixture
+            if mixture.name in measured.refused or self._holds(mixture, measured):
+                return
+            error = measured.candidates[mixture.name].error
+            limit = SHARE * self._drop(mixture) * self.request.budget / error
+            # Simulation may have seen no loss at all: some more are raised whatever it says.
+            count = sum(given is raised for given in mixture.assign(worth).values())
+            least = count + 1 + (len(worth) - count) // 4
 
-    def _simulate(self, recipe: Recipe) -> float:
+    def _smaller(self, recipe: Recipe, measured: Measured) -> Candidate | None:
+        """Return the most exact artifact that holds the budget and is smaller than a recipe's; None
+        where speed is asked for, of which nothing is known before an artifact is timed.
+        """
+        if self.request.prefer == "speed":
+            return None
+        known = measured.candidates.get(recipe.name)
+        size = self._size(recipe, measured) if known is None else known.size_bytes
+        budget = self.request.budget
+        smaller = [
+            c
+            for c in measured.candidates.values()
+            if c.error <= budget and c.size_bytes < size and c.recipe != recipe.name
+        ]
+        return min(smaller, key=lambda c: c.error, default=None)
+
+    def _size(self, recipe: Recipe, measured: Measured) -> float:
+        """Predict the size of an artifact from that of fp16's, in bytes."""
+        half = measured.candidates.get("fp16")
+        if half is None:
+            return 0
+        saved = weight_bytes(self._deploy, parse_recipe("fp16")) - weight_bytes(
+            self._deploy, recipe
+        )
+        return half.size_bytes - saved
+
+    def _holds(self, recipe: Recipe, measured: Measured) -> bool:
+        known = measured.candidates.get(recipe.name)
+        return known is not None and known.error <= self.request.budget
+
+    def _drop(self, recipe: Recipe) -> float:
         """Drop of a recipe on calibration pictures; beyond all budgets where it cannot be built."""
-        try:
-            outputs, _ = self.simulation.run(recipe)
-        except BuildError:
-            # With most groups raised, no layer may be left whose activations are quantised.
-            return IMPOSSIBLE
-        return self.task.drop(self.simulation.expected, outputs)
+        if recipe.name not in self._state.drops:
+            try:
+                drop = self.task.drop(self.simulation.expected, self.simulation.run(recipe))
+            except BuildError:
+                # With most groups raised, no layer may be left whose activations are quantised.
+                drop = IMPOSSIBLE
+            self._state.drops[recipe.name] = drop
+            self._keep()
+        return self._state.drops[recipe.name]
 
     def _applies(self, base: Precision) -> bool:
         try:
@@ -216,9 +288,7 @@ class Search:
             return False
         return True
 
-    def _sensitivity(
-        self, base: Precision, state: SearchState, keep: Callable[[], None]
-    ) -> dict[str, float]:
+    def _sensitivity(self, base: Precision) -> dict[str, float]:
         """Noise with one group at ``base`` and all others in float32.
 
         Groups that ``base`` leaves with float activations are not among those that can be raised to
@@ -226,29 +296,42 @@ class Search:
         """
         assigned = assign_layers(self._deploy, Recipe(base))
         groups = list(group_layers(name for name, given in assigned.items() if given is base))
-        known = state.noise.setdefault(base.name, {})
+        known = self._state.noise.setdefault(base.name, {})
         missing = [group for group in groups if group not in known]
+        if not missing:
+            return known
         with self.reporter.step(f"sensitivity at {base.name}") as step:
             for done, group in enumerate(missing, start=1):
                 recipe = raise_groups(PRECISIONS["fp32"], [group], base)
-                known[group] = self.simulation.run(recipe)[1]
-                keep()
+                known[group] = self.simulation.noise(recipe)
+                self._keep()
                 step.update(done, len(missing))
         return known
 
+    def _capture(self, recipe: Recipe) -> CapturedProgram:
+        """Capture the model once, and change its weights for each recipe."""
+        deploy = self._make()
+        layers = prepare_(deploy, recipe, self.calibration, self._known)
+        if self._program is None:
+            # Nobody looks at the taps of what is only measured.
+            self._program = dataclasses.replace(
+                capture_deploy(deploy, recipe, layers), tap_nodes={}
+            )
+            return self._program
+        return recapture_(self._program, deploy, recipe, layers)
+
     def _measure(self, target: Target, recipe: Recipe) -> Candidate:
         """Build an artifact in a temporary folder and run it on the held-out pictures."""
-        plan = dataclasses.replace(self.plan, recipe=recipe)
+        # As a build by that name would be planned: the plan is part of the artifact's bytes.
+        request = dataclasses.replace(self.plan.request, precision=recipe.name, target=target.name)
+        plan = plan_build(request)
         with (
             tempfile.TemporaryDirectory(prefix="dinoexport-") as folder,
             self.reporter.step(f"{target.name}: build and run {recipe.name}") as step,
             quiet(self.log),
         ):
-            target.check(recipe)
-            deploy = self._make()
-            layers = prepare_(deploy, recipe, self.calibration)
-            program = capture_deploy(deploy, recipe, layers)
-            path = Path(folder) / f"model{target.suffix}"
+            program = self._capture(recipe)
+            path = Path(folder) / f"{plan.name}{target.suffix}"
             options = LowerOptions(plan.request.minimum_ios)
             target.lower(program, path, options, embedded_metadata(plan, self.sha256))
             runtime = target.runtime(path)
@@ -256,6 +339,7 @@ class Search:
             return Candidate(
                 recipe=recipe.name,
                 size_bytes=_size_of(path),
+                sha256=artifact_digest(path),
                 error=self.task.drop(self.expected, outputs, self.held_out.true),
                 latency_ms=self._time(runtime) if target.timed_here else None,
             )

@@ -1,4 +1,7 @@
-"""What a search has found out so far, on disk after each step, so that a killed one goes on."""
+"""What a search has found out so far, on disk after each step, so that a killed one goes on.
+
+Simulations are of no target, so that the targets of a checkpoint share them.
+"""
 
 from pathlib import Path
 
@@ -7,7 +10,19 @@ import msgspec
 from dinoexport.search.front import Candidate
 from dinotrain.errors import UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+
+class Measured(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Artifacts of one target.
+
+    Attributes:
+        candidates: {recipe: what its artifact measured}.
+        refused: {recipe: why it cannot be built}.
+    """
+
+    candidates: dict[str, Candidate] = msgspec.field(default_factory=dict)
+    refused: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class SearchState(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -15,18 +30,16 @@ class SearchState(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     Attributes:
         key: digest of all that they depend on.
-        noise: {precision: {group: how much it disturbs the last tap}}.
+        noise: {precision: {group: how much it disturbs the outputs}}.
         drops: {recipe: drop of the simulated model on calibration pictures}.
-        candidates: {recipe: what its artifact measured}.
-        refused: {recipe: why it cannot be built}.
+        targets: {target: what its artifacts measured}.
     """
 
     format_version: int = FORMAT_VERSION
     key: str
     noise: dict[str, dict[str, float]] = msgspec.field(default_factory=dict)
     drops: dict[str, float] = msgspec.field(default_factory=dict)
-    candidates: dict[str, Candidate] = msgspec.field(default_factory=dict)
-    refused: dict[str, str] = msgspec.field(default_factory=dict)
+    targets: dict[str, Measured] = msgspec.field(default_factory=dict)
 
 
 def load_state(path: Path, key: str) -> SearchState:

@@ -74,7 +74,7 @@ class Target(ABC):
         taps are.
 
         Returns:
-            {tap: name of the value inside the artifact}.
+            {tap: name of the value inside the artifact}, of the program's taps.
 
         Raises:
             BuildError: the converter cannot express the program.

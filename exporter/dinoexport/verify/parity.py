@@ -20,7 +20,7 @@ from dinoexport.manifest import (
     TapParity,
     Verdict,
 )
-from dinoexport.recipes import Recipe, parse_recipe
+from dinoexport.recipes import Activations, Precision, Recipe, parse_recipe
 from dinoexport.targets.base import Runtime, Target
 from dinoexport.verify.blame import blame_outputs, blame_similarity, blame_structure
 from dinoexport.verify.metrics import cosine, max_error, sqnr_db
@@ -305,7 +305,18 @@ def budget_of(task: Task, recipe: Recipe) -> float:
 
     A mixture has the budget of its coarsest part.
     """
-    return max(task.budgets[precision.name] for precision in recipe.precisions)
+    return max(getattr(task.budgets, _held_as(precision)) for precision in recipe.precisions)
+
+
+def _held_as(precision: Precision) -> str:
+    """Return the field of ``Budgets`` that a precision falls under."""
+    if precision.is_float:
+        return f"float{precision.bits}"
+    if precision.activations is Activations.INT8:
+        return "static8"
+    if precision.activations is Activations.INT8_DYNAMIC:
+        return "dynamic8"
+    return f"weights{precision.bits}"
 
 
 def judge_outputs(

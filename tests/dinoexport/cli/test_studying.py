@@ -1,17 +1,8 @@
 """study: the three experiments from the command line, and what is refused."""
 
 import pytest
-import torch
 
 from dinotrain.study.plan import STUDIES, Study
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from dinoexport.search.front import Candidate, choose, draw_front, front_table, 
 
 
 def candidate(recipe: str, size: int, error: float, latency: float | None = None) -> Candidate:
-    return Candidate(recipe=recipe, size_bytes=size, error=error, latency_ms=latency)
+    return Candidate(recipe=recipe, size_bytes=size, sha256="", error=error, latency_ms=latency)
 
 
 SMALL = candidate("pal4", 2_000_000, 0.3, 9.0)

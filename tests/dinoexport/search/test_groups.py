@@ -36,3 +36,26 @@ def test_a_mixture_fits_what_was_raised_and_nothing_else() -> None:
 
 def test_nothing_raised_is_the_base() -> None:
     assert raise_groups(W8, [], FP32).name == "w8"
+
+
+def test_all_of_a_kind_are_one_star() -> None:
+    groups = list(dict.fromkeys(map(group_of, LAYERS)))
+    raised = [*(f"blocks.{i}.attn" for i in range(12)), "blocks.3.mlp", "head"]
+    recipe = raise_groups(FP32, raised, W8, groups)
+    assert recipe.name == "fp32:blocks.*.attn=w8,blocks.3.mlp=w8,head=w8"
+    assert recipe.assign(LAYERS) == raise_groups(FP32, raised, W8).assign(LAYERS)
+
+
+def test_three_in_a_row_are_spelled_by_their_ends() -> None:
+    raised = [f"blocks.{i}.mlp" for i in (11, 0, 2, 1, 4, 5, 9, 10)]
+    recipe = raise_groups(FP32, raised, W8)
+    assert recipe.name == "fp32:blocks.0-2+4+5+9-11.mlp=w8"
+    given = parse_recipe(recipe.name).assign(LAYERS)
+    assert {layer for layer, p in given.items() if p is W8} == {
+        layer for layer in LAYERS if group_of(layer) in raised
+    }
+
+
+def test_parts_that_are_no_numbers_are_spelled_out() -> None:
+    recipe = raise_groups(FP32, ["net.layer2.0", "net.layer1.0"], W8)
+    assert recipe.name == "fp32:net.layer1+layer2.0=w8"

@@ -1,10 +1,12 @@
 """Mixtures that simulation proposes, against trying every number of raised groups."""
 
+from collections.abc import Callable
+
 import pytest
 
 from dinoexport.recipes import PRECISIONS, Recipe, parse_recipe
 from dinoexport.search.groups import raise_groups
-from dinoexport.search.proposals import SHARE, finer, ladder, propose_mixture
+from dinoexport.search.proposals import finer, ladder, propose_mixture
 
 ONNX = ("fp32", "fp16", "w8", "w8a8-dynamic", "w8a8", "w8a16", "w4-block32")
 COREML = ("fp32", "fp16", "w8", "w8a8", "w4-block32", "pal8", "pal6", "pal4")
@@ -12,10 +14,12 @@ NOISE = {f"blocks.{i}.{part}": 1.0 / (1 + i) for i in range(4) for part in ("att
 W4, W8 = PRECISIONS["w4-block32"], PRECISIONS["w8"]
 
 
-def drop_of(recipe: Recipe) -> float:
+def drop_in(noise: dict[str, float]) -> Callable[[Recipe], float]:
     """The noise of the groups that are not raised."""
-    given = recipe.assign(NOISE)
-    return sum(NOISE[name] for name, precision in given.items() if precision is W4)
+    return lambda recipe: sum(noise[name] for name, p in recipe.assign(noise).items() if p is W4)
+
+
+drop_of = drop_in(NOISE)
 
 
 def test_small_ones_come_first_and_integers_before_floats() -> None:
@@ -39,14 +43,12 @@ def test_a_group_is_raised_to_the_next(base: str, supported, wanted: str) -> Non
     assert finer(PRECISIONS[base], supported).name == wanted
 
 
-@pytest.mark.parametrize("budget", [0.5, 1.0, 2.0, 3.0, 4.9])
-def test_as_few_groups_are_raised_as_hold(budget: float) -> None:
+@pytest.mark.parametrize("limit", [0.4, 0.8, 1.6, 2.4, 3.9])
+def test_as_few_groups_are_raised_as_hold(limit: float) -> None:
     order = sorted(NOISE, key=lambda group: -NOISE[group])
-    fewest = next(
-        n for n in range(len(order)) if drop_of(raise_groups(W4, order[:n], W8)) <= SHARE * budget
-    )
-    recipe = propose_mixture(W4, W8, NOISE, budget, drop_of)
-    assert recipe == parse_recipe(raise_groups(W4, order[:fewest], W8).name)
+    fewest = next(n for n in range(len(order)) if drop_of(raise_groups(W4, order[:n], W8)) <= limit)
+    recipe = propose_mixture(W4, W8, NOISE, limit, drop_of)
+    assert recipe == parse_recipe(raise_groups(W4, order[:fewest], W8, order).name)
 
 
 def test_the_base_alone_where_it_holds() -> None:
@@ -57,6 +59,17 @@ def test_nothing_where_no_mixture_holds() -> None:
     assert propose_mixture(W4, W8, NOISE, 0.01, drop_of) is None
 
 
-def test_a_name_that_is_too_long_is_no_proposal() -> None:
+def test_a_name_that_is_too_long_becomes_shorter_where_more_is_raised() -> None:
+    even = [n for n in range(80) if n % 2 == 0]
+    noise = {f"blocks.{n}.x": 2.0 if n in even else 1.0 for n in range(80)} | {"head": 0.1}
+    # The even ones would do, and are 40 numbers, which no file's name can hold.
+    recipe = propose_mixture(W4, W8, noise, 40.2, drop_in(noise))
+    assert recipe is not None
+    assert recipe == parse_recipe(recipe.name)
+    raised = {group for group, precision in recipe.assign(noise).items() if precision is W8}
+    assert {f"blocks.{n}.x" for n in even} < raised
+
+
+def test_where_no_name_fits_there_is_no_proposal() -> None:
     noise = {f"{part * 20}.{i}.x": 1.0 for i, part in enumerate("abcdefgh")}
     assert propose_mixture(W4, W8, noise, 1.0, lambda r: 8 - len(r.changes)) is None

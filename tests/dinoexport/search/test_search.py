@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from dinoexport.bundle import artifact_digest, open_bundle
 from dinoexport.cli import app
 from dinoexport.cli.output import run_app
+from dinoexport.pipeline import BuildRequest, BuildResult
 from dinoexport.search.search import Search
 from dinoexport.targets.onnx import OnnxTarget
 
@@ -53,17 +55,30 @@ def test_the_smallest_within_the_budget_ships_and_a_second_search_resumes(
     assert {c["recipe"] for c in search["candidates"]} >= FEW.keys()
     assert "8 held-out samples (pictures rendered by task eyelid)" in search["judged_on"]
     # What ships is what was measured, to the byte: its name alone makes it again.
-    assert facts["bundles"][0]["size_bytes"] == pytest.approx(smallest["size_bytes"], abs=400)
+    bundle = open_bundle(Path(facts["bundles"][0]["path"]))
+    assert artifact_digest(bundle.artifact) == smallest["sha256"]
+    kept = bundle.manifest.budget
+    assert (kept.allowed, kept.measured, kept.passed) == (0.2, smallest["error"], True)
+    assert (kept.samples, kept.artifact_sha256) == (8, smallest["sha256"])
+    assert kept.source == "pictures rendered by task eyelid"
     assert (out / "eyelid-tiny-56-onnx-front.svg").read_bytes().startswith(b"<?xml")
 
     def never(*_: object) -> None:
         raise AssertionError("measured again")
 
+    asked: list[BuildRequest] = []
+
+    def build(request: BuildRequest, _reporter: object) -> BuildResult:
+        asked.append(request)
+        return BuildResult()
+
     monkeypatch.setattr(Search, "_measure", never)
-    monkeypatch.setattr("dinoexport.search.simulation.Simulation.run", never)
-    status, printed = auto(0.2)
-    assert status == 0
+    monkeypatch.setattr("dinoexport.search.simulation.Simulation._run", never)
+    monkeypatch.setattr("dinoexport.pipeline.build", build)
+    _, printed = auto(0.2)
     assert f"> {search['chosen']} " in printed.out
+    # What is built is the same recipe by its name, for the same promise.
+    assert [(r.precision, r.budget) for r in asked] == [(search["chosen"], kept)]
 
 
 @pytest.mark.e2e

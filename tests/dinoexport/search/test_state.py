@@ -3,15 +3,21 @@
 import pytest
 
 from dinoexport.search.front import Candidate
-from dinoexport.search.state import SearchState, load_state, save_state
+from dinoexport.search.state import Measured, SearchState, load_state, save_state
 from dinotrain.errors import UsageError
 
 FULL = SearchState(
     key="a",
     noise={"w8": {"head": 0.5}},
     drops={"w8:head=fp16": 0.01},
-    candidates={"w8": Candidate(recipe="w8", size_bytes=5, error=0.1, latency_ms=None)},
-    refused={"pal4": "no"},
+    targets={
+        "onnx": Measured(
+            candidates={
+                "w8": Candidate(recipe="w8", size_bytes=5, sha256="0", error=0.1, latency_ms=None)
+            },
+            refused={"pal4": "no"},
+        )
+    },
 )
 
 

@@ -18,6 +18,7 @@ from dinoexport.recipes import parse_recipe
 from dinoexport.targets.base import LowerOptions
 from dinoexport.targets.coreml import CoremlTarget
 from dinoexport.targets.coreml.evaluator import PackageEvaluator
+from dinoexport.verify.parity import budget_of
 from dinotrain.backbones.vit import ViTConfig, init_weights_
 from dinotrain.heads.branch import HeadConfig
 from dinotrain.model import ModelConfig, TaskModel
@@ -277,7 +278,7 @@ def test_taps_are_half_precision(built):
 def test_the_package_measures_what_the_trained_model_does(package, eyes, measured):
     """By the evaluator, and on a Mac by Core ML."""
     runtime = CoremlTarget().runtime(package)
-    budget = get_task("eyelid").budgets[precision_of(package)]
+    budget = budget_of(get_task("eyelid"), parse_recipe(precision_of(package)))
     for sample, wanted in zip(eyes, measured, strict=True):
         found = runtime.run(sample).outputs
         assert found.keys() == wanted.keys()

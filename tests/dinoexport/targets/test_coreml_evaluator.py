@@ -84,14 +84,6 @@ PLANES = torch.from_numpy(IMAGE.transpose(2, 0, 1)[None].copy()).float()
 OUTPUTS = [ct.TensorType(name=name, dtype=np.float32) for name in ("cls", "patches", "tap")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=["gelu", "swiglu"])
 def ffn(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -11,10 +11,12 @@ from onnx import ModelProto, TensorProto, numpy_helper, shape_inference
 
 from dinoexport.bundle import open_bundle
 from dinoexport.errors import BuildError, BundleError
+from dinoexport.recipes import parse_recipe
 from dinoexport.targets.onnx import OnnxTarget
 from dinoexport.targets.onnx.lower import OPSET, save
 from dinoexport.targets.onnx.quantize import to_half_precision_
 from dinoexport.targets.table import get_target
+from dinoexport.verify.parity import budget_of
 from dinotrain.tasks import get_task
 
 pytestmark = pytest.mark.e2e
@@ -222,7 +224,7 @@ def test_half_precision_weights_are_the_single_ones_rounded(built):
 
 def test_a_plain_session_measures_what_the_trained_model_does(file, eyes, measured):
     session = onnxruntime.InferenceSession(str(file))
-    budget = get_task("eyelid").budgets[precision_of(file)]
+    budget = budget_of(get_task("eyelid"), parse_recipe(precision_of(file)))
     assert [p.type for p in session.get_inputs()] == 3 * ["tensor(uint8)"]
     for sample, wanted in zip(eyes, measured, strict=True):
         # Photographs as decoded: (1, H, W, 3) uint8.

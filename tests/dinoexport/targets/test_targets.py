@@ -10,8 +10,10 @@ import torch
 from dinoexport.bundle import open_bundle
 from dinoexport.console import Reporter
 from dinoexport.pipeline import BuildRequest, build
+from dinoexport.recipes import parse_recipe
 from dinoexport.targets.base import Target
 from dinoexport.targets.table import TABLE, expand_targets, get_target
+from dinoexport.verify.parity import budget_of
 from dinoexport.verify.reference import load_reference
 from dinotrain.backbones.vit import ViTConfig, init_weights_
 from dinotrain.checkpoint import CheckpointConfig, save_checkpoint
@@ -107,7 +109,7 @@ def test_outputs_are_the_same_in_every_target(built, target, precision):
 @pytest.mark.parametrize(("target", "precision"), BUILDS)
 def test_values_of_all_targets_agree_within_the_budget(built, target, precision):
     reference, got = run(built("onnx", "fp32")), run(built(target, precision))
-    budget = get_task("eyelid").budgets[precision]
+    budget = budget_of(get_task("eyelid"), parse_recipe(precision))
     for name, wanted in reference.items():
         # Both may be off by their own budget, in opposite directions.
         np.testing.assert_allclose(got[name], wanted, atol=budget + 0.001, rtol=0)

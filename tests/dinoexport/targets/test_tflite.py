@@ -13,7 +13,9 @@ from ai_edge_litert.interpreter import Interpreter
 
 from dinoexport.bundle import open_bundle
 from dinoexport.errors import BundleError
+from dinoexport.recipes import parse_recipe
 from dinoexport.targets.table import get_target
+from dinoexport.verify.parity import budget_of
 from dinotrain.tasks import get_task
 
 pytestmark = pytest.mark.e2e
@@ -266,7 +268,7 @@ def test_metadata_is_read_by_hand(file):
 
 def test_a_plain_interpreter_measures_what_the_trained_model_does(file, eyes, measured):
     runner = Interpreter(model_path=str(file)).get_signature_runner()
-    budget = get_task("eyelid").budgets[precision_of(file)]
+    budget = budget_of(get_task("eyelid"), parse_recipe(precision_of(file)))
     for sample, wanted in zip(eyes, measured, strict=True):
         found = runner(**{name: image[None] for name, image in sample.items()})
         assert found.keys() == wanted.keys()
@@ -280,7 +282,7 @@ def test_an_app_without_signatures_measures_the_same(file, eyes, measured):
     manifest = open_bundle(file.parent).manifest
     interpreter = Interpreter(model_path=str(file), num_threads=1)
     interpreter.allocate_tensors()
-    budget = get_task("eyelid").budgets[precision_of(file)]
+    budget = budget_of(get_task("eyelid"), parse_recipe(precision_of(file)))
     for port, detail in zip(manifest.inputs, interpreter.get_input_details(), strict=True):
         interpreter.set_tensor(detail["index"], eyes[0][port.name][None])
     interpreter.invoke()

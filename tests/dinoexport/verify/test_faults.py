@@ -200,14 +200,6 @@ LOWERED = [("onnx", "fp32"), ("onnx", "fp16"), ("coreml", "fp16"), ("tflite", "f
 # --- how they get into a bundle ------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def model(tiny_checkpoint: Path) -> TaskModel:
     return load_checkpoint(tiny_checkpoint)[0]

@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dinoexport.errors import ParityError
 from dinoexport.manifest import Verdict
-from dinoexport.recipes import parse_recipe
+from dinoexport.recipes import PRECISIONS, parse_recipe
 from dinoexport.targets.base import RunResult, Runtime, Target
 from dinoexport.verify.metrics import MAX_DB
 from dinoexport.verify.parity import (
@@ -36,7 +37,12 @@ from dinotrain.tasks import get_task
 TAPS = ("tokens", "blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp", "features")
 PLACES = {tap: f"value_{index}" for index, tap in enumerate(TAPS)}
 TASK = get_task("eyelid")
-BUDGET = TASK.budgets
+BUDGET = {
+    "fp32": TASK.budgets.float32,
+    "fp16": TASK.budgets.float16,
+    "w8": TASK.budgets.weights8,
+    "w4-block32": TASK.budgets.weights4,
+}
 FP16 = parse_recipe("fp16")
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -496,6 +502,16 @@ def test_structure_is_judged_at_quantised_recipes_too(quantised) -> None:
     assert (failed.blame.gate, failed.blame.layer) == ("structure", "blocks.0.attn")
 
 
+def test_every_precision_has_the_budget_of_how_its_numbers_are_held() -> None:
+    weights8 = dict.fromkeys(("w8", "pal8", "w8a16"), "weights8")
+    wanted = weights8 | {"w8a8": "static8", "w8a8-dynamic": "dynamic8", "pal6": "weights6"}
+    wanted |= {"fp32": "float32", "fp16": "float16", "pal4": "weights4", "w4-block32": "weights4"}
+    assert wanted.keys() == PRECISIONS.keys()
+    task = SimpleNamespace(budgets=TASK.budgets._make(range(len(TASK.budgets))))
+    for name, field_name in wanted.items():
+        assert budget_of(task, parse_recipe(name)) == getattr(task.budgets, field_name), name
+
+
 def test_a_mixture_has_the_budget_of_its_coarsest_part() -> None:
     recipe = parse_recipe("fp16:blocks.0=w4-block32,head=w8")
     assert budget_of(TASK, recipe) == BUDGET["w4-block32"]
@@ -531,7 +547,7 @@ def test_outputs_are_judged_by_the_tasks_budget() -> None:
 
 
 def test_the_budget_itself_is_allowed(monkeypatch) -> None:
-    monkeypatch.setattr(type(TASK), "budgets", {"fp16": 0.015625})
+    monkeypatch.setattr(type(TASK), "budgets", TASK.budgets._replace(float16=0.015625))
     wanted = of(lf_mm=[8.0])
     assert judge_outputs(of(lf_mm=[8.015625]), wanted, TASK, FP16)["lf_mm"].passed
     above = float(np.nextafter(np.float32(8.015625), np.float32(9)))

@@ -49,14 +49,6 @@ def model(tiny_checkpoint: Path) -> TaskModel:
     return load_checkpoint(tiny_checkpoint)[0]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def other_model(seed: int = 5, members: int = 1, depth: int = 1) -> TaskModel:
     torch.manual_seed(seed)
     backbone = ViTConfig(

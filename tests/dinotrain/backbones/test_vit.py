@@ -43,14 +43,6 @@ SIZES = {
 ARCHITECTURES = {"small": SMALL, "base": BASE, "swiglu": SWIGLU}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def randomise_(module: torch.nn.Module, seed: int) -> None:
     """Give every parameter random values of the size that trained ones have, in place."""
     generator = torch.Generator().manual_seed(seed)

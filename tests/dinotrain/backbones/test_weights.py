@@ -34,14 +34,6 @@ KIND_IDS = ["gelu", "gelu-reg", "swiglu", "swiglu-reg"]
 LAYOUTS = ("hub", "hf", "hf_v5", "timm", "training")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny_config(ffn: str = "gelu", registers: int = 0) -> ViTConfig:
     return ViTConfig(
         name=f"vit_d{DIM}_l{DEPTH}" + (f"_reg{registers}" if registers else ""),

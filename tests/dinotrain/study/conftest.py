@@ -38,12 +38,6 @@ def single_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
-
-
 @pytest.fixture(scope="session")
 def feature_cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("study-cache")

@@ -74,6 +74,21 @@ class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"{self.name}_low_{self.unit}", f"{self.name}_high_{self.unit}"
 
 
+class Budgets(NamedTuple):
+    """The largest error that parity accepts, by how numbers are held; in ``Task.error_unit``."""
+
+    float32: float
+    float16: float
+    weights8: float
+    """Activations are float, or have 16 bits."""
+    dynamic8: float
+    """8-bit activations too, in the range of each picture."""
+    static8: float
+    """8-bit activations too, in ranges of calibration."""
+    weights6: float
+    weights4: float
+
+
 class Case(NamedTuple):
     """Predictions of some samples beside the truth, as a report asks a task about them."""
 
@@ -114,8 +129,7 @@ class Task(ABC):
     """The side that all pictures are mirrored to; nothing where none is."""
     notice: str = ""
     """What users of every model of this task must be told."""
-    budgets: dict[str, float]
-    """Largest error per precision that parity accepts, in ``error_unit``."""
+    budgets: Budgets
     error_unit: str
     drop_option: str
     """Option of ``build --precision auto`` that bounds ``drop``, such as ``max-error-mm``."""

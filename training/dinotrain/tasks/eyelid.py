@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 
-from dinotrain.tasks.base import Branch, Case, OutputSpec, TargetSpec, Task, TaskInput
+from dinotrain.tasks.base import Branch, Budgets, Case, OutputSpec, TargetSpec, Task, TaskInput
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,18 +61,15 @@ class EyelidTask(Task):
     notice = "Research software, not a medical device."
     drop_option = "max-error-mm"
     drop_unit = "mm"
-    budgets = {  # noqa: RUF012
-        "fp32": 0.001,
-        "fp16": 0.02,
-        "w8": 0.1,
-        "pal8": 0.1,
-        "w8a16": 0.1,
-        "w8a8-dynamic": 0.3,
-        "w8a8": 0.5,
-        "pal6": 0.3,
-        "pal4": 1.0,
-        "w4-block32": 1.0,
-    }
+    budgets = Budgets(
+        float32=0.001,
+        float16=0.02,
+        weights8=0.1,
+        dynamic8=0.3,
+        static8=0.5,
+        weights6=0.3,
+        weights4=1.0,
+    )
     error_unit = "mm"
 
     def outputs(self, config: "ModelConfig") -> tuple[OutputSpec, ...]:

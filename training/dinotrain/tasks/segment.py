@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from dinotrain.errors import UsageError
-from dinotrain.tasks.base import Case, OutputSpec, Task, TaskInput
+from dinotrain.tasks.base import Budgets, Case, OutputSpec, Task, TaskInput
 from dinotrain.tasks.segment_presets import PRESETS
 
 if TYPE_CHECKING:
@@ -50,18 +50,15 @@ class SegmentTask(Task):
     # some of each outline by half precision. Both are well below what two people's masks differ by.
     drop_option = "max-miou-drop"
     drop_unit = "mean IoU"
-    budgets = {  # noqa: RUF012
-        "fp32": 0.0005,
-        "fp16": 0.01,
-        "w8": 0.03,
-        "pal8": 0.03,
-        "w8a16": 0.03,
-        "w8a8-dynamic": 0.05,
-        "w8a8": 0.1,
-        "pal6": 0.1,
-        "pal4": 0.2,
-        "w4-block32": 0.2,
-    }
+    budgets = Budgets(
+        float32=0.0005,
+        float16=0.01,
+        weights8=0.03,
+        dynamic8=0.05,
+        static8=0.1,
+        weights6=0.1,
+        weights4=0.2,
+    )
     error_unit = "share of pixels"
 
     def label_names(self, classes: Sequence[str]) -> tuple[str, ...]:

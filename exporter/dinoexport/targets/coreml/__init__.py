@@ -43,7 +43,7 @@ class CoremlTarget(Target):
         from dinoexport.targets.coreml.lower import locate_taps, lower
 
         lower(program, path, options, metadata)
-        return locate_taps(path, program)
+        return locate_taps(path, program) if program.tap_nodes else {}
 
     def runtime(
         self, path: Path, taps: Mapping[str, str] | None = None, *, exact: bool = False

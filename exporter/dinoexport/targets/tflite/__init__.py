@@ -38,7 +38,7 @@ class TfliteTarget(Target):
 
         content = lower(program)
         release()
-        taps = locate_taps(content, program)
+        taps = locate_taps(content, program) if program.tap_nodes else {}
         release()
         if program.recipe.name != "fp32":
             content = store_layers(content, program)

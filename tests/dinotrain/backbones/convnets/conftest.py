@@ -18,14 +18,6 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=list(SMALL))
 def small(request) -> ConvNetConfig:
     """Each family and form in turn, under a million parameters."""

@@ -1,0 +1,116 @@
+"""Which recipes a search builds, and which it leaves out: no model, figures by hand."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dinoexport.console import Reporter
+from dinoexport.recipes import Recipe, parse_recipe
+from dinoexport.search import search as module
+from dinoexport.search.front import Candidate
+from dinoexport.search.search import Search, SearchRequest
+from dinoexport.search.state import SearchState
+from dinoexport.targets.onnx import OnnxTarget
+
+NOISE = {"blocks.0.attn": 4.0, "blocks.0.mlp": 3.0, "head": 2.0, "patch_embed": 1.0}
+ONE, TWO = "w4-block32:blocks.0.attn=w8", "w4-block32:blocks.0.attn=w8,blocks.0.mlp=w8"
+FIGURES = {
+    # recipe: (bytes, error of the artifact, drop in simulation)
+    "fp16": (600, 0.001, 0.001),
+    "w4-block32": (200, 0.3, 0.3),
+    ONE: (220, 0.09, 0.07),
+    TWO: (250, 0.05, 0.05),
+    "w8a8": (310, 0.08, 0.095),
+    "w8a8-dynamic": (310, 0.08, 0.095),
+    "w8": (300, 0.02, 0.02),
+}
+
+
+class Handmade(Search):
+    """A search whose simulations and artifacts are figures."""
+
+    def __init__(self, budget: float, prefer: str, figures: dict) -> None:
+        self.request = SearchRequest(budget, prefer)  # type: ignore[arg-type]
+        self.reporter = Reporter(enabled=False)
+        self.held_out = SimpleNamespace(samples=(), source="hand")
+        self._known, self._deploy = {}, None
+        self._state = SearchState(key="")
+        self._path = Path("nowhere")
+        self.figures, self.built, self.sensed = figures, [], []
+
+    def _keep(self) -> None: ...
+
+    def _applies(self, base) -> bool:
+        return True
+
+    def _size(self, recipe: Recipe, measured) -> float:
+        return self.figures[recipe.name][0]
+
+    def _drop(self, recipe: Recipe) -> float:
+        return self.figures.get(recipe.name, (0, 0, 0.0))[2]
+
+    def _sensitivity(self, base) -> dict[str, float]:
+        self.sensed.append(base.name)
+        return NOISE
+
+    def _measure(self, target, recipe: Recipe) -> Candidate:
+        size, error, _ = self.figures[recipe.name]
+        self.built.append(recipe.name)
+        return Candidate(
+            recipe=recipe.name, size_bytes=size, sha256="", error=error, latency_ms=1.0
+        )
+
+
+@pytest.fixture
+def search(monkeypatch):
+    names = [name for name in FIGURES if ":" not in name]
+    monkeypatch.setattr(OnnxTarget, "supports", {n: OnnxTarget.supports[n] for n in names})
+    monkeypatch.setattr(module, "group_sizes", lambda _model, groups: dict.fromkeys(groups, 1))
+
+    def run(budget: float = 0.1, prefer: str = "size", **changed: tuple[int, float, float]):
+        made = Handmade(budget, prefer, FIGURES | changed)
+        return made, made.run("onnx")
+
+    return run
+
+
+def test_what_is_larger_and_no_more_exact_is_not_built(search) -> None:
+    made, result = search()
+    assert made.built == ["fp16", "w4-block32", ONE, "w8"]
+    assert result.chosen.recipe == ONE
+    why = f"larger and no more exact than {ONE}"
+    assert result.skipped == {"w8a8": why, "w8a8-dynamic": why}
+    # Nor is it asked which layers of what is larger could be raised.
+    assert made.sensed == ["w4-block32"]
+    # What an earlier search has built is shown, whatever this one would have done.
+    assert made.run("onnx").skipped.keys() == result.skipped.keys()
+    made._state.targets["onnx"].candidates["w8a8"] = made._measure(None, parse_recipe("w8a8"))
+    assert made.run("onnx").skipped.keys() == {"w8a8-dynamic"}
+
+
+def test_a_mixture_that_does_not_hold_is_followed_by_a_more_careful_one(search) -> None:
+    made, result = search(**{ONE: (220, 0.11, 0.07)})
+    assert made.built[:4] == ["fp16", "w4-block32", ONE, TWO]
+    assert result.chosen.recipe == TWO
+
+
+def test_where_simulation_sees_no_loss_more_is_raised_all_the_same(search) -> None:
+    made, result = search(**{"w4-block32": (200, 0.3, 0.0), TWO: (250, 0.05, 0.0)})
+    assert made.built[:3] == ["fp16", "w4-block32", TWO]
+    assert result.chosen.recipe == TWO
+
+
+def test_a_precision_that_holds_alone_needs_no_mixture(search) -> None:
+    made, result = search(budget=0.4)
+    assert (result.chosen.recipe, made.sensed) == ("w4-block32", [])
+
+
+def test_where_speed_is_asked_for_every_precision_is_built(search) -> None:
+    made, result = search(prefer="speed")
+    assert {name for name in made.figures if ":" not in name} <= set(made.built)
+    assert result.skipped == {}
+
+
+def test_the_recipes_proposed_are_names_that_can_be_read() -> None:
+    assert all(parse_recipe(name).name == name for name in FIGURES)
