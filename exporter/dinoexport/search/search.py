@@ -208,9 +208,9 @@ class Search:
                 continue
             self._known.clear()
             alone = Recipe(base)
-            drop = self._drop(alone)
             smaller = self._smaller(alone, measured)
-            if alone.name in measured.candidates or smaller is None or drop < smaller.error:
+            built = alone.name in measured.candidates
+            if smaller is None or built or self._more_exact(alone, smaller):
                 yield alone
             else:
                 skipped[alone.name] = f"larger and no more exact than {smaller.recipe}"
@@ -240,8 +240,9 @@ class Search:
             least = count + 1 + (len(worth) - count) // 4
 
     def _smaller(self, recipe: Recipe, measured: Measured) -> Candidate | None:
-        """Return the most exact artifact that holds the budget and is smaller than a recipe's; None
-        where speed is asked for, of which nothing is known before an artifact is timed.
+        """Return the most exact artifact that holds the budget and is smaller than a recipe's.
+
+        None where speed is asked for, of which nothing is known before an artifact is timed.
         """
         if self.request.prefer == "speed":
             return None
@@ -253,7 +254,11 @@ class Search:
             for c in measured.candidates.values()
             if c.error <= budget and c.size_bytes < size and c.recipe != recipe.name
         ]
-        return min(smaller, key=lambda c: c.error, default=None)
+        return min(smaller, key=lambda c: self._drop(parse_recipe(c.recipe)), default=None)
+
+    def _more_exact(self, recipe: Recipe, other: Candidate) -> bool:
+        """Compare simulation with simulation: labels come into what is measured alone."""
+        return self._drop(recipe) < self._drop(parse_recipe(other.recipe))
 
     def _size(self, recipe: Recipe, measured: Measured) -> float:
         """Predict the size of an artifact from that of fp16's, in bytes."""
