@@ -16,6 +16,7 @@ class ProcessCost(msgspec.Struct, frozen=True, kw_only=True):
 
     status: int
     wall_s: float
+    cpu_s: float
     peak_bytes: int
     """Largest resident size of any one process of the tree: of those, not of their sum."""
     stdout: str
@@ -43,19 +44,20 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
                 stderr=stderr,
                 env={**os.environ, **(environment or {})},
             )
-            status, usage = _wait(child)
+            status, cpu_s, usage = _wait(child)
             wall_s = time.perf_counter() - start
         return ProcessCost(
             status=status,
             wall_s=wall_s,
+            cpu_s=cpu_s,
             peak_bytes=usage,
             stdout=out.read_text("utf-8", errors="replace"),
             stderr=err.read_text("utf-8", errors="replace"),
         )
 
 
-def _wait(child: subprocess.Popen) -> tuple[int, int]:
-    """Return exit status and peak; the child does not outlive an interrupt."""
+def _wait(child: subprocess.Popen) -> tuple[int, float, int]:
+    """Return exit status, processor time and peak; the child does not outlive an interrupt."""
     try:
         _, raw, usage = os.wait4(child.pid, 0)
     except BaseException:
@@ -65,4 +67,5 @@ def _wait(child: subprocess.Popen) -> tuple[int, int]:
     # Popen must not wait for a process that is gone already.
     child.returncode = os.waitstatus_to_exitcode(raw)
     # Linux counts kibibytes, macOS bytes.
-    return child.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    cpu_s = usage.ru_utime + usage.ru_stime
+    return child.returncode, cpu_s, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)

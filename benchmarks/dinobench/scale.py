@@ -34,6 +34,7 @@ class ScaledBuild(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     precision: str
     target: str
     wall_s: float
+    cpu_s: float
     peak_gb: float
     artifacts: tuple[Artifact, ...] = ()
     error: str = ""
@@ -116,6 +117,7 @@ def _build(variant: str, side: int, precision: str, target: str) -> ScaledBuild:
         precision=precision,
         target=target,
         wall_s=round(cost.wall_s, 1),
+        cpu_s=round(cost.cpu_s, 1),
         peak_gb=round(cost.peak_bytes / 1e9, 2),
         artifacts=read.artifacts,
         error=error,
@@ -125,8 +127,8 @@ def _build(variant: str, side: int, precision: str, target: str) -> ScaledBuild:
 def table(builds: Sequence[ScaledBuild]) -> list[str]:
     """Render builds as Markdown."""
     lines = [
-        "| ViT | px | recipe | wall s | peak GB | weights GB | artifacts MB | worst error | |",
-        "|---|--:|---|--:|--:|--:|---|--:|---|",
+        "| ViT | px | recipe | wall s | CPU s | peak GB | fp32 GB | artifacts MB | worst error | |",
+        "|---|--:|---|--:|--:|--:|--:|---|--:|---|",
     ]
     for b in builds:
         sizes = ", ".join(f"{a.target} {a.size_mb:.0f}" for a in b.artifacts)
@@ -134,9 +136,10 @@ def table(builds: Sequence[ScaledBuild]) -> list[str]:
         error = "" if worst is None else f"{worst:.2g} {b.artifacts[0].unit}"
         passed = all(a.passed for a in b.artifacts)
         verdict = b.error or ("pass" if passed else "FAIL")
+        cost = f"{b.wall_s:.0f} | {b.cpu_s:.0f} | {b.peak_gb:.1f} | {WEIGHTS_GB[b.variant]:.2f}"
         lines.append(
-            f"| {b.variant.upper()} | {b.side_px} | {b.precision} | {b.wall_s:.0f} | "
-            f"{b.peak_gb:.1f} | {WEIGHTS_GB[b.variant]:.2f} | {sizes} | {error} | {verdict} |"
+            f"| {b.variant.upper()} | {b.side_px} | {b.precision} | {cost} | {sizes} | {error} | "
+            f"{verdict} |"
         )
     return lines
 

@@ -56,18 +56,27 @@ class Bundle:
 
 def artifact_size(manifest: Manifest) -> int:
     """Sum of the artifact's files, without manifest, reference and report."""
-    name = manifest.artifact
     return sum(
         record.size_bytes
         for file, record in manifest.files.items()
-        if file == name or file.startswith(f"{name}/")
+        if is_of_artifact(file, manifest.artifact)
     )
 
 
+def is_of_artifact(file: str, artifact: str) -> bool:
+    """True for an artifact's file, those within its folder, and its weights beside it."""
+    return file in (artifact, f"{artifact}.data") or file.startswith(f"{artifact}/")
+
+
 def artifact_digest(path: Path) -> str:
-    """sha256 of an artifact, as hex: of its file, or over the names and digests of its files."""
+    """sha256 of an artifact, as hex: of its file, or over the names and digests of its files.
+
+    Where weights lie beside the file, theirs follows behind a plus.
+    """
+    weights = path.with_name(f"{path.name}.data")
     if path.is_file():
-        return digest(path)
+        parts = [path, weights] if weights.is_file() else [path]
+        return "+".join(digest(part) for part in parts)
     lines = [f"{name}={digest(path / name)}" for name in _files(path)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -134,7 +143,7 @@ def check_files(bundle: Bundle) -> None:
                 "It was changed; build it again."
             )
     extra = sorted(set(_files(bundle.path)) - recorded.keys() - {MANIFEST})
-    added = [name for name in extra if name.startswith(f"{artifact}/")]
+    added = [name for name in extra if is_of_artifact(name, artifact)]
     if added:
         raise TamperedError(
             f"{bundle.path}: {added[0]} is not in the manifest. It was added; build it again."

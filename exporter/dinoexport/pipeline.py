@@ -1,15 +1,16 @@
 """The main job, all stages on one screen: checkpoint → program → artifact → verdict → bundle."""
 
-import gc
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
+from safetensors import SafetensorError, safe_open
 
 from dinoexport.bundle import (
     REFERENCE,
@@ -38,6 +39,7 @@ from dinoexport.manifest import (
     describe_inputs,
     describe_preprocessing,
 )
+from dinoexport.memory import free_bytes, keep_freed, release
 from dinoexport.passes.base import apply_passes
 from dinoexport.passes.guard_norms import GuardNorms, large_norms
 from dinoexport.passes.sequence import LAYOUTS, build_deploy_model
@@ -73,6 +75,8 @@ from dinotrain.model import TaskModel
 from dinotrain.tasks import get_task
 
 LOG = "build.log"
+LEAST_COPIES = 3
+"""Of the float32 weights that a build holds at once, whatever the target (docs/scale.md)."""
 _TOOLS = (
     "dinoexport",
     "torch",
@@ -182,6 +186,7 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     Raises:
         UsageError: an unknown task, target or precision.
         CheckpointError: no such checkpoint, or it was trained for another task or size.
+        BuildError: a target's format cannot hold so many weights.
     """
     get_task(request.task)
     targets = expand_targets(request.target)
@@ -197,11 +202,34 @@ def plan_build(request: BuildRequest) -> BuildPlan:
             f"Use --task {config.task}."
         )
     config = _resize(config, request.image_size, path)
+    weights = _weight_bytes(path)
+    for name in targets:
+        get_target(name).check_weights(weights)
     size = "x".join(map(str, dict.fromkeys(config.image_size)))
     _check_layout(request.layout, targets, config, path)
     name = f"{config.task}-{_short(config.backbone.name)}-{size}-{recipe.name}"
     name += "" if request.layout == "tokens" else f"-{request.layout}"
     return BuildPlan(request, path, config, recipe, name, tuple(targets))
+
+
+def _weight_bytes(path: Path) -> int:
+    """Bytes of a checkpoint's weights in float32, from its header; 0 where that is corrupt, which
+    loading says better.
+    """
+    with suppress(SafetensorError, OSError), safe_open(path, framework="numpy") as file:
+        names = file.keys()
+        return 4 * sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    return 0
+
+
+def _check_memory(weights: int) -> None:
+    """Refuse what cannot end well: the system would end the process without a word."""
+    needed, free = LEAST_COPIES * weights, free_bytes()
+    if free is not None and free < needed:
+        raise BuildError(
+            f"{free / 2**30:.1f} GiB of memory free, and a build of this model needs at least "
+            f"{needed / 2**30:.1f}. Free some, or build a smaller backbone."
+        )
 
 
 def _check_layout(
@@ -270,9 +298,11 @@ def make_deploy_model(model: TaskModel, plan: BuildPlan, reference: Reference) -
     """
     deploy = build_deploy_model(model)
     if plan.recipe.base.name != "fp32":
-        device = pick_device()
-        samples = (reference.pixels(index, device) for index in range(reference.samples))
-        names = large_norms(deploy.to(device), samples)
+        names = reference.large_norms
+        if names is None:
+            device = pick_device()
+            samples = (reference.pixels(index, device) for index in range(reference.samples))
+            names = large_norms(deploy.to(device), samples)
         apply_passes(deploy.to("cpu"), [GuardNorms(names)])
     return apply_passes(deploy, LAYOUTS[plan.request.layout])
 
@@ -284,12 +314,14 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
         DinoError: see the stages; the bundle that stood there before is unchanged.
     """
     plan = plan_build(request)
+    keep_freed()
     if plan.config.notice:
         reporter.say(plan.config.notice)
     for notice in plan.notices:
         reporter.say(notice)
     with lock_output(request.out):
         log = request.out / LOG
+        _check_memory(_weight_bytes(plan.checkpoint))
         with reporter.step(f"load {plan.checkpoint.name}"):
             model = load_model(plan)
             sha256 = digest(plan.checkpoint)
@@ -299,6 +331,7 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
             deploy = make_deploy_model(model, plan, reference)
         # What follows needs the deploy model alone, and large models fill the memory.
         del model
+        release()
         calibration = _calibrate(plan, deploy, reference, reporter)
         with reporter.step(f"prepare for {plan.recipe.name}"):
             layers = prepare_(deploy, plan.recipe, calibration)
@@ -306,6 +339,7 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
         with reporter.step("capture"), quiet(log):
             program = capture_deploy(deploy, plan.recipe, layers)
         del deploy
+        release()
         return BuildResult(
             tuple(
                 _build_one(plan, get_target(name), program, reference, calibration, reporter, log)
@@ -373,7 +407,7 @@ def _build_one(
         metadata = embedded_metadata(plan, reference.info.checkpoint_sha256)
         with reporter.step(f"lower to {target.name}"), quiet(log), lowering(target.name, log):
             taps = target.lower(program, artifact, options, metadata)
-        gc.collect()
+        release()
         check_measured(artifact, plan.request.budget)
         with reporter.step(f"verify {target.name}") as step, quiet(log):
             verdict = verify_artifact(

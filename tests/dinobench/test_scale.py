@@ -16,6 +16,7 @@ def build(variant: str, peak_gb: float, wall_s: float = 60.0, error: str = "") -
         precision="fp16",
         target="onnx",
         wall_s=wall_s,
+        cpu_s=90.0,
         peak_gb=peak_gb,
         artifacts=() if error else (artifact,),
         error=error,
@@ -39,5 +40,5 @@ def test_a_build_that_failed_is_a_problem_and_in_the_table() -> None:
     failed = build("b", 3.0, error="killed")
     assert judge([build("s", 2.9), failed]) == ["ViT-B at 224, fp16: killed"]
     lines = table([build("s", 1.0), failed])
-    assert lines[2] == "| S | 224 | fp16 | 60 | 1.0 | 0.09 | onnx 45 | 0.003 mm | pass |"
+    assert lines[2] == "| S | 224 | fp16 | 60 | 90 | 1.0 | 0.09 | onnx 45 | 0.003 mm | pass |"
     assert lines[3].endswith("| killed |")

@@ -1,6 +1,7 @@
 """Pass: LayerNorms whose squares would pass the range of half precision."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
 
@@ -54,6 +55,15 @@ def large_norms(model: DeployModel, samples: Iterable[tuple[Tensor, ...]]) -> tu
     Returns:
         Names in the order of the modules.
     """
+    with watch_norms(model) as found:
+        for pixels in samples:
+            model.run(pixels)
+    return tuple(name for name, _ in model.named_modules() if name in found)
+
+
+@contextmanager
+def watch_norms(model: nn.Module) -> Iterator[set[str]]:
+    """Collect the names that ``large_norms`` gives, while a model is run for another reason."""
     # Subclasses normalise another axis, or are guarded.
     norms = {name: m for name, m in model.named_modules() if type(m) is nn.LayerNorm}
     found: set[str] = set()
@@ -68,9 +78,7 @@ def large_norms(model: DeployModel, samples: Iterable[tuple[Tensor, ...]]) -> tu
 
     hooks = [norm.register_forward_pre_hook(watch(name)) for name, norm in norms.items()]
     try:
-        for pixels in samples:
-            model.run(pixels)
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
-    return tuple(name for name in norms if name in found)

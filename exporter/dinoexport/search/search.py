@@ -341,7 +341,7 @@ class Search:
             outputs = self._run(runtime, step.update)
             return Candidate(
                 recipe=recipe.name,
-                size_bytes=_size_of(path),
+                size_bytes=_size_of(Path(folder)),
                 sha256=artifact_digest(path),
                 error=self.task.drop(self.expected, outputs, self.held_out.true),
                 latency_ms=self._time(runtime) if target.timed_here else None,
@@ -376,6 +376,6 @@ def _check_preference(plan: BuildPlan, request: SearchRequest) -> None:
             )
 
 
-def _size_of(path: Path) -> int:
-    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
-    return sum(file.stat().st_size for file in files)
+def _size_of(folder: Path) -> int:
+    """Size of an artifact that has a folder to itself: large ones are several files."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,7 +1,7 @@
 """What a target is: it lowers the captured program, and runs what it wrote."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,9 @@ class Target(ABC):
     """That it has a form for; see ``passes.sequence.LAYOUTS``."""
     timed_here: bool = True
     """True where this machine runs artifacts by the runtime that apps use."""
+    taps_disturb: bool = True
+    """True where taps may change what an artifact computes: as outputs they keep a runtime from
+    fusing."""
     image_input: bool = False
     """True where the natural input is an image type rather than an NHWC tensor."""
 
@@ -92,6 +95,15 @@ class Target(ABC):
             exact: compute in float32 with the weights as they are stored, without rounding
                 activations (the structural gate).
         """
+
+    def exact_runtimes(
+        self, path: Path, taps: Mapping[str, str]
+    ) -> Sequence[Callable[[], Runtime]]:
+        """Return ways to open an artifact in exact arithmetic, the fastest kernels first.
+
+        What holds the structural gate in any of them holds it.
+        """
+        return (lambda: self.runtime(path, taps, exact=True),)
 
     @abstractmethod
     def read_metadata(self, path: Path) -> dict[str, str]:
@@ -128,6 +140,16 @@ class Target(ABC):
                     f"it has is {nearest(precision, self.supports)}. "
                     f"It has {', '.join(self.supports)}; see `dinoexport list recipes`."
                 )
+
+    def check_weights(self, size_bytes: int) -> None:  # noqa: B027 (most formats hold any)
+        """Refuse a model that the format cannot hold, before minutes are spent on it.
+
+        Args:
+            size_bytes: of its weights in float32, which is what converters read.
+
+        Raises:
+            BuildError: it is too large.
+        """
 
     def notice(self, recipe: Recipe, options: LowerOptions) -> str:
         """Return what the user should know before an artifact is built, in one line, or nothing."""

@@ -5,11 +5,13 @@ that a reference made on one machine checks builds on another, and a bundle carr
 """
 
 import dataclasses
+import hashlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -20,10 +22,12 @@ from torch import Tensor, nn
 
 from dinoexport.errors import ParityError
 from dinoexport.graph.deploy_model import HEAD_TAP, DeployModel
+from dinoexport.passes.guard_norms import watch_norms
 from dinoexport.passes.sequence import build_deploy_model
 from dinoexport.recipes import Recipe
 from dinoexport.verify.metrics import max_error, sqnr_db
 from dinoexport.verify.samples import parity_samples
+from dinotrain.backbones.vit import Block, VisionTransformer
 from dinotrain.model import TaskModel
 from dinotrain.tasks.base import Task
 
@@ -32,6 +36,12 @@ SKETCH_SIZE = 1024
 PREFIX_SKETCH_SIZE = 256
 DEPLOY_BUDGET = 1e-4
 """Largest error of the deploy graph against the training model, in the unit of the outputs."""
+
+
+STRUCTURE_SAMPLES = (0, -1)
+"""On which the structure of an artifact is judged: one sample of photographs and one rendered. A
+graph and its weights are the same for every picture, so in exact arithmetic a few tell what all
+would; errors in the task's unit depend on the picture, and are judged on all."""
 
 
 class Norm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,14 +78,28 @@ class Values:
     outputs: dict[str, np.ndarray]
     taps: dict[str, np.ndarray]
 
+    def at(self, indices: Sequence[int]) -> "Values":
+        """Return those of some samples."""
+        chosen = list(indices)
+        return Values(
+            {name: value[chosen] for name, value in self.outputs.items()},
+            {name: value[chosen] for name, value in self.taps.items()},
+        )
+
 
 @dataclass(frozen=True)
 class Reference:
     """Inputs (samples, H, W, 3) uint8, what the model gives, and with which weights.
 
+    ``exact`` is of every sample; ``deployed`` of ``STRUCTURE_SAMPLES`` in a reference that is made
+    now, and of every sample in older ones.
+
     ``deployed`` is what the deploy graph gives with the numbers of each recipe, by its name. At
     fp32 too: what is folded there (BatchNorm above all) costs digits that the structure of an
     artifact must not answer for.
+
+    ``large_norms`` is what ``large_norms`` finds on these inputs, while it is known: a reference
+    that was read from a file does not tell.
     """
 
     info: ReferenceInfo
@@ -83,6 +107,7 @@ class Reference:
     exact: Values
     deployed: dict[str, Values]
     positions: dict[str, np.ndarray] = field(default_factory=dict)
+    large_norms: tuple[str, ...] | None = None
 
     @property
     def samples(self) -> int:
@@ -107,7 +132,7 @@ class Reference:
         ]
 
     def structural(self, recipe: Recipe) -> Values:
-        """Values of the deploy graph with the numbers of a recipe.
+        """Values of the deploy graph with the numbers of a recipe, of ``STRUCTURE_SAMPLES``.
 
         Raises:
             ParityError: the reference has none for it.
@@ -117,7 +142,14 @@ class Reference:
                 f"the reference knows {', '.join(self.deployed)}, and {recipe.name} was built. "
                 "Use the bundle's own reference."
             )
-        return self.deployed[recipe.name]
+        found = self.deployed[recipe.name]
+        count = len(next(iter(found.outputs.values())))
+        return found if count == len(STRUCTURE_SAMPLES) else found.at(self.few)
+
+    @property
+    def few(self) -> list[int]:
+        """Which samples ``STRUCTURE_SAMPLES`` are."""
+        return _places(self.samples)
 
     def sketch(self, taps: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Take the recorded elements of each tap, flat."""
@@ -125,6 +157,15 @@ class Reference:
             name: np.asarray(as_rows(name, value), np.float32).reshape(-1)[self.positions[name]]
             for name, value in taps.items()
         }
+
+
+def _places(samples: int) -> list[int]:
+    return [range(samples)[index] for index in STRUCTURE_SAMPLES]
+
+
+def _few(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Inputs of ``STRUCTURE_SAMPLES``."""
+    return {name: images[_places(len(images))] for name, images in inputs.items()}
 
 
 def as_rows(tap: str, value: Any) -> Any:
@@ -168,14 +209,28 @@ def make_reference(
     with _exact_arithmetic():
         model = model.to(device)
         deploy = build_deploy_model(model).to(device)
-        positions = _positions(deploy, device)
-        exact = _run_all(
-            lambda pixels: _run_training(model, pixels, deploy), inputs, positions, device
-        )
+        positions: dict[str, np.ndarray] = {}
+
+        def trained(pixels: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            outputs, taps = _run_training(model, pixels, deploy)
+            positions.update(positions or _positions(taps, deploy.backbone.prefix_count))
+            return outputs, taps
+
+        # What reads large values is watched on every sample, in passes that are run anyway: those
+        # of large models take minutes. Both models have the same names for what both have.
+        with watch_norms(model) as large:
+            exact = _run_all(trained, inputs, positions, device)
         _check_finite(exact)
-        norms = _norms(deploy, device)
-        deployed = {"fp32": _run_all(deploy.run, inputs, positions, device)}
-        _check_deploy(exact, deployed["fp32"], model.task)
+        few = _few(inputs)
+        with watch_norms(deploy) as deploy_large, _noted_norms(deploy) as noted:
+
+            def run(pixels: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+                noted.append([])
+                return deploy.run(pixels)
+
+            deployed = {"fp32": _run_all(run, few, positions, device)}
+        norms = _compare_runs(noted)
+        _check_deploy(exact.at(_places(len(samples))), deployed["fp32"], model.task)
     model.to("cpu")
     info = ReferenceInfo(
         checkpoint_sha256=checkpoint_sha256,
@@ -189,7 +244,10 @@ def make_reference(
             **({"cuda": torch.version.cuda or ""} if device.type == "cuda" else {}),
         },
     )
-    return Reference(info, inputs, exact, deployed, positions)
+    large |= deploy_large
+    norm_names = [name for name, module in deploy.named_modules() if type(module) is nn.LayerNorm]
+    guarded = tuple(name for name in norm_names if name in large)
+    return Reference(info, inputs, exact, deployed, positions, guarded)
 
 
 def with_deployed(
@@ -205,7 +263,8 @@ def with_deployed(
     """
     device = device or pick_device()
     with _exact_arithmetic():
-        values = _run_all(deploy.to(device).run, reference.inputs, reference.positions, device)
+        few = _few(reference.inputs)
+        values = _run_all(deploy.to(device).run, few, reference.positions, device)
     deploy.to("cpu")
     deployed = reference.deployed | {recipe: values}
     info = msgspec.structs.replace(reference.info, deployed=tuple(deployed))
@@ -260,24 +319,48 @@ def _describe(device: torch.device) -> str:
 def _run_training(
     model: TaskModel, pixels: tuple[Tensor, ...], deploy: DeployModel
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Outputs of the training model, and its taps computed along the same blocks: of each block
-    the tokens that the deploy graph computes.
+    """Outputs of the training model, and its taps as they pass by: of each block the tokens that
+    the deploy graph computes.
     """
-    outputs = model(dict(zip([i.name for i in model.task.inputs], pixels, strict=True)))
-    stacked = torch.cat(pixels)
-    pool, backbone = model.pool, model.backbone
-    taps = dict(backbone.trace(model.normalise(stacked), pool.deepest))
+    with _seen(model) as seen:
+        outputs = model(dict(zip([i.name for i in model.task.inputs], pixels, strict=True)))
+    # A model may run its pictures one by one.
+    found = {name: torch.cat(seen.pop(name)) for name in list(seen)}
+    if not isinstance(model.backbone, VisionTransformer):
+        images = model.normalise(torch.cat(pixels))
+        found |= dict(model.backbone.trace(images, model.pool.deepest))
+    taps = {name: found[name] for name in deploy.tap_names}
     for index, block in enumerate(deploy.blocks):
         for name in (f"blocks.{index}.attn", f"blocks.{index}.mlp"):
             taps[name] = taps[name][:, : block.rows]
-    features = model.extract(stacked)
-    if pool.gives_vector:
-        taps[HEAD_TAP[True]] = pool(features)
-    else:
-        rows = [tuple(x[i : i + 1] for x in features) for i in range(len(pixels))]
-        names = [i.name for i in model.task.inputs]
-        taps[HEAD_TAP[False]] = model.logits(dict(zip(names, rows, strict=True)))
     return outputs, taps
+
+
+@contextmanager
+def _seen(model: TaskModel) -> Iterator[dict[str, list[Tensor]]]:
+    """Give {tap: values as they are computed}, of a ViT's residual stream and of the last tap."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def read(name: str) -> Callable[..., None]:
+        return lambda _module, inputs: seen.setdefault(name, []).append(inputs[0])
+
+    def given(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: seen.setdefault(name, []).append(output)
+
+    last = model.pool if model.pool.gives_vector else model.head
+    hooks = [last.register_forward_hook(given(HEAD_TAP[model.pool.gives_vector]))]
+    if isinstance(model.backbone, VisionTransformer):
+        blocks = cast("list[Block]", list(model.backbone.blocks))
+        hooks.append(blocks[0].register_forward_pre_hook(read("tokens")))
+        for index, block in enumerate(blocks):
+            # The second norm reads the residual stream between attention and MLP.
+            hooks.append(block.norm2.register_forward_pre_hook(read(f"blocks.{index}.attn")))
+            hooks.append(block.register_forward_hook(given(f"blocks.{index}.mlp")))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _pixels(image: np.ndarray) -> Tensor:
@@ -295,17 +378,16 @@ def _run_all(run, inputs: dict[str, np.ndarray], positions, device: torch.device
         for name, value in inner.items():
             flat = as_rows(name, value).reshape(-1).cpu().numpy()
             taps.setdefault(name, []).append(flat[positions[name]])
+        # Taps of a large model fill the memory twice where the next ones come before these go.
+        del got, inner
     return Values(
         {name: np.stack(values).astype(np.float32) for name, values in outputs.items()},
         {name: np.stack(values).astype(np.float32) for name, values in taps.items()},
     )
 
 
-def _positions(deploy: DeployModel, device: torch.device) -> dict[str, np.ndarray]:
+def _positions(taps: Mapping[str, Tensor], prefix: int) -> dict[str, np.ndarray]:
     """Which elements of each flat tap are kept: some of all tokens, and some of the prefix."""
-    image = torch.zeros(1, 3, *deploy.image_size, device=device)
-    _, taps = deploy.run(tuple(image for _ in deploy.input_names))
-    prefix = deploy.backbone.prefix_count
     rng = np.random.Generator(np.random.PCG64(7))
     positions = {}
     for name, value in taps.items():
@@ -319,34 +401,48 @@ def _positions(deploy: DeployModel, device: torch.device) -> dict[str, np.ndarra
     return positions
 
 
-def _norms(deploy: DeployModel, device: torch.device) -> tuple[Norm, ...]:
-    """Every LayerNorm and GroupNorm in running order, with its unrounded epsilon."""
+NotedRuns = list[list[tuple[Norm, bytes]]]
+"""For each run the norms in running order, with a digest of what each one read."""
+
+
+@contextmanager
+def _noted_norms(deploy: DeployModel) -> Iterator[NotedRuns]:
+    """Note every LayerNorm and GroupNorm of two runs, with its unrounded epsilon.
+
+    Whoever runs the model adds an empty list before each run.
+    """
     layers = [*deploy.tap_names, "head"]
-    runs: list[list[tuple[Norm, Tensor]]] = []
+    runs: NotedRuns = []
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if len(runs) > 2:
+            return
         epsilon = float(module.eps)  # type: ignore[arg-type]
         seen = runs[-1]
-        repeated = any(n.epsilon == epsilon and torch.equal(x, inputs[0]) for n, x in seen)
+        key = hashlib.sha256(inputs[0].cpu().contiguous().numpy().data).digest()
+        repeated = any(n.epsilon == epsilon and key == other for n, other in seen)
         layer = layers[min(len(deploy.backbone.record), len(layers) - 1)]
-        seen.append((Norm(layer, epsilon, repeated), inputs[0]))
+        seen.append((Norm(layer, epsilon, repeated), key))
 
     hooks = [
         module.register_forward_pre_hook(note)
         for module in deploy.modules()
         if isinstance(module, nn.LayerNorm | nn.GroupNorm)
     ]
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(2):
-        runs.append([])
-        shape = (len(deploy.input_names), 1, 3, *deploy.image_size)
-        images = 255 * torch.rand(shape, generator=generator)
-        deploy.run(tuple(images.to(device)))
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield runs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _compare_runs(runs: NotedRuns) -> tuple[Norm, ...]:
+    """Return the norms of the first run; what reads the same in the second, on other pictures, is
+    optional.
+    """
     return tuple(
-        msgspec.structs.replace(norm, optional=norm.optional or torch.equal(x, y))
-        for (norm, x), (_, y) in zip(*runs, strict=True)
+        msgspec.structs.replace(norm, optional=norm.optional or key == other)
+        for (norm, key), (_, other) in zip(*runs[:2], strict=True)
     )
 
 
@@ -447,6 +543,7 @@ def _fits(reference: Reference) -> bool:
         return False
     if any(images.dtype != np.uint8 for images in reference.inputs.values()):
         return False
+    few = (len(STRUCTURE_SAMPLES),)
     if positions.keys() != exact.taps.keys():
         return False
     # An index below zero would be taken from the end.
@@ -454,15 +551,19 @@ def _fits(reference: Reference) -> bool:
         p.ndim != 1 or p.dtype.kind != "i" or not p.size or p.min() < 0 for p in positions.values()
     ):
         return False
-    for values in (exact, *reference.deployed.values()):
+    for values, counts in [
+        (exact, [count]),
+        *((v, [count, few]) for v in reference.deployed.values()),
+    ]:
         if values.outputs.keys() != exact.outputs.keys() or values.taps.keys() != exact.taps.keys():
             return False
-        if any(
-            value.shape[:1] != count or value.shape != exact.outputs[name].shape
+        held = next(iter(values.outputs.values())).shape[:1]
+        if held not in counts or any(
+            value.shape != (*held, *exact.outputs[name].shape[1:])
             for name, value in values.outputs.items()
         ):
             return False
-        if any(tap.shape != (*count, positions[n].size) for n, tap in values.taps.items()):
+        if any(tap.shape != (*held, positions[n].size) for n, tap in values.taps.items()):
             return False
         if not all(np.isfinite(v).all() for v in (*values.outputs.values(), *values.taps.values())):
             return False

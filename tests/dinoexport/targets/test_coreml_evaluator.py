@@ -17,7 +17,10 @@ from coremltools.proto import Model_pb2  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from dinoexport.errors import BundleError, ParityError, UnknownOperationError  # noqa: E402
-from dinoexport.targets.coreml.evaluator import PackageEvaluator  # noqa: E402
+from dinoexport.targets.coreml.evaluator import (  # noqa: E402
+    PackageEvaluator,
+    _round_to_half,
+)
 from dinoexport.targets.coreml.precision import half_before  # noqa: E402
 from dinotrain.backbones.vit import VisionTransformer, ViTConfig, init_weights_  # noqa: E402
 from dinotrain.errors import ShapeError, UsageError  # noqa: E402
@@ -444,3 +447,17 @@ def test_inputs_are_checked(packages) -> None:
         PackageEvaluator(evaluator.path, function="mian")
     with pytest.raises(ParityError, match="no variable for node 'div_7'"):
         evaluator.locate("div_7")
+
+
+def test_rounding_in_parts_is_rounding() -> None:
+    """Every kind of number, and a number of them that is no multiple of a part."""
+    torch.manual_seed(0)
+    kinds = torch.tensor([0.0, -0.0, 65519.9, 65520.0, -1e9, 6e-8, 2e-8, 1 + 2**-11, torch.inf])
+    spread = torch.randn(3, 7001) * 10.0 ** torch.randint(-9, 6, (3, 7001))
+    for values in (kinds, spread, torch.tensor(0.1), torch.empty(0, 4)):
+        wanted = values.half().float()
+        found = _round_to_half(values)
+        assert found.shape == values.shape
+        assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))
+    assert torch.equal(_round_to_half(spread.T), spread.T.half().float())
+    assert _round_to_half(torch.tensor([torch.nan])).isnan().all()

@@ -18,6 +18,8 @@ class CoremlTarget(Target):
     name = "coreml"
     suffix = ".mlpackage"
     timed_here = sys.platform == "darwin"
+    # The evaluator computes one operation after the other, whichever values are kept.
+    taps_disturb = timed_here
     image_input = True
     supports = {  # noqa: RUF012
         "fp32": "CPU and GPU; the Neural Engine computes in half precision only",

@@ -7,6 +7,8 @@ import onnx
 from numpy.typing import ArrayLike
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
+from dinoexport.targets.onnx.large import infer_types
+
 
 class Draft:
     """What a rewriting adds to a graph, in running order."""
@@ -47,4 +49,6 @@ def replace_nodes_(model: ModelProto, nodes: Sequence[NodeProto]) -> None:
     kept = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in known]
     del model.graph.value_info[:]
     model.graph.value_info.extend(kept)
-    model.CopyFrom(onnx.shape_inference.infer_shapes(model, strict_mode=True))
+    inferred = infer_types(model)
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(inferred)

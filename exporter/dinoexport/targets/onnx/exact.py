@@ -11,21 +11,23 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto
 
 from dinoexport.targets.onnx.draft import Draft, replace_nodes_
-from dinoexport.targets.onnx.quantize import convert_tensor_, retarget_casts_
+from dinoexport.targets.onnx.quantize import retarget_casts_
 
 _FLOAT, _DOUBLE = TensorProto.FLOAT, TensorProto.DOUBLE
 
 
 def to_exact_precision_(model: ModelProto) -> None:
     """Compute in float32 with the weights as they are stored, in place; values keep their names."""
+    draft = Draft()
     for tensor in model.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT16:
-            convert_tensor_(tensor, np.float32)
+            # The runtime widens them while it loads: copies of large weights would not fit.
+            name, tensor.name = tensor.name, f"{tensor.name}_stored_half"
+            draft.cast(tensor.name, _FLOAT, name)
     for value in model.graph.value_info:
         # Of operators that shape inference does not know; it types all others anew.
         if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT
-    draft = Draft()
+            value.type.tensor_type.elem_type = _FLOAT
     stored = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in stored:

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from dinoexport.errors import BuildError
 from dinoexport.graph.capture import CapturedProgram
 from dinoexport.targets.adaptor import NhwcAdaptor
+from dinoexport.targets.onnx.large import check, write
 
 OPSET = 20
 """The first opset with a Gelu operator; 18 was measured 7 % slower (it spells GELU out)."""
@@ -123,21 +124,12 @@ def produced_values(nodes: Iterable[NodeProto]) -> list[str]:
 
 
 def save(model: ModelProto, path: Path, metadata: Mapping[str, str]) -> None:
-    """Embed metadata, check, and write.
+    """Embed metadata, check, and write; above 2 GB with the weights in a file beside it.
 
     Raises:
-        BuildError: the checker or shape inference refuses the model, or it is over 2 GB.
+        BuildError: the checker or shape inference refuses the model.
     """
     onnx.helper.set_model_props(model, dict(sorted(metadata.items())))
     model.producer_name, model.producer_version = "dinoexport", ""
-    if model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
-        raise BuildError(
-            f"onnx: the model has {model.ByteSize() / 2**30:.1f} GiB, protobuf holds 2. "
-            "Build with --precision fp16 or a smaller backbone."
-        )
-    try:
-        onnx.checker.check_model(model, full_check=True)
-        onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise BuildError(f"onnx: the checker refuses the model: {error}") from error
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    check(model)
+    write(model, path)

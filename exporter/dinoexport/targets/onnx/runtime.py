@@ -1,5 +1,6 @@
 """Run an ONNX file in onnxruntime on the CPU; taps are added as outputs of the shipped graph."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,15 +14,18 @@ from dinoexport.errors import BundleError
 from dinoexport.targets.base import RunResult, Runtime, plain
 from dinoexport.targets.onnx.exact import to_exact_precision_
 
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Where onnxruntime looks for weights beside a model that it is given as bytes."""
+
 
 def load(path: Path) -> ModelProto:
-    """Read an .onnx file.
+    """Read an .onnx file, without the weights that lie in a file beside it.
 
     Raises:
         BundleError: it is missing, cannot be parsed, or holds no graph.
     """
     try:
-        model = onnx.load(path)
+        model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError, ValueError) as error:
         raise BundleError(f"{path}: not a readable ONNX file: {error}. Build it again.") from error
     # Of no bytes at all protobuf reads an empty model.
@@ -61,7 +65,8 @@ def norm_epsilons(model: ModelProto) -> list[float]:
 
 def _scalars(model: ModelProto) -> dict[str, float]:
     """Constants of one element by name."""
-    values = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    scalars = [t for t in model.graph.initializer if math.prod(t.dims) == 1]
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in scalars}
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             values[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
@@ -97,7 +102,10 @@ class OnnxRuntime(Runtime):
                 to_exact_precision_(model)
                 self.name += ", float32 arithmetic on the stored weights"
             _add_outputs_(model, list(taps.values()), path)
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
             source = model.SerializeToString()
+            # Before the runtime makes copies of its own.
+            del model
         try:
             self._session = onnxruntime.InferenceSession(
                 source, options, providers=["CPUExecutionProvider"]

@@ -17,13 +17,13 @@ from dinoexport.targets.tflite.graph import Graph, Kind, Type
 _Shape = tuple[int, ...]
 
 
-def widen_products(content: bytes) -> bytes:
-    """Return the same file with each product of activations in four axes.
+def widen_products_(graph: Graph) -> None:
+    """Give each product of activations four axes, in place.
 
     What is multiplied and added, and in which order, stays. No side is marked as transposed, which
     GPU delegates are known to overlook.
     """
-    return _Writer(Graph(content)).run()
+    _Writer(graph).run()
 
 
 class _Writer:
@@ -36,7 +36,7 @@ class _Writer:
         self._reads = Counter(index for o in graph.operators for index in o.inputs)
         self._operators: list[Any] = []
 
-    def run(self) -> bytes:
+    def run(self) -> None:
         """Write all operators; reshapes that nothing reads any more are left out."""
         graph = self._graph
         products = [o for o in graph.operators if self._is_narrow_product(o)]
@@ -48,7 +48,6 @@ class _Writer:
             elif id(operator) not in skipped:
                 self._operators.append(operator)
         graph.operators = self._without_unread()
-        return graph.encode()
 
     def _is_narrow_product(self, operator: Any) -> bool:
         ends = (*operator.inputs, *operator.outputs)

@@ -14,15 +14,14 @@ _WIDE = {Type.INT32: np.int32, Type.INT64: np.int64}
 _HALF_A_STEP = 0.501
 
 
-def exact_form(content: bytes) -> bytes:
-    """Return a file in which LiteRT computes with the stored numbers in float32.
+def to_exact_form_(graph: Graph) -> None:
+    """Make a file compute with the stored numbers in float32, in place.
 
     Integer weights become the numbers that they stand for; QUANTIZE and DEQUANTIZE are left out.
     A bias of integers is rounded to the step of its products, which float arithmetic has no reason
     to do: it is read in float where the integers are those numbers rounded, and as the integers
     otherwise.
     """
-    graph = Graph(content)
     floats: dict[int, int] = {}
     for operator in graph.operators:
         if graph.kind(operator) == Kind.QUANTIZE:
@@ -43,7 +42,6 @@ def exact_form(content: bytes) -> bytes:
             _unpack_(graph, operator)
         operators.append(operator)
     graph.operators = operators
-    return graph.encode()
 
 
 def _rounds(graph: Graph, operator: Any) -> list[int]:

@@ -8,7 +8,10 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
+from dinoexport.errors import BuildError
+
 IDENTIFIER = b"TFL3"
+MAX_BYTES = 2**31 - 2**20
 Kind = schema.BuiltinOperator
 Type = schema.TensorType
 TORCH_ORDER = {
@@ -48,6 +51,15 @@ class Graph:
         """Return an operator's kind, one of ``Kind``."""
         return self._model.operatorCodes[operator.opcodeIndex].builtinCode
 
+    def version(self, operator: Any) -> int:
+        """Return the version of an operator's kernel."""
+        return self._model.operatorCodes[operator.opcodeIndex].version
+
+    def ports(self, side: str) -> dict[str, int]:
+        """Return the signature's ``inputs`` or ``outputs``: {name: tensor}."""
+        signature = self._model.signatureDefs[0]
+        return {port.name.decode(): int(port.tensorIndex) for port in getattr(signature, side)}
+
     def set_version(self, operator: Any, version: int) -> None:
         """Ask for a kernel of at least this version."""
         code = self._model.operatorCodes[operator.opcodeIndex]
@@ -67,10 +79,18 @@ class Graph:
         """Return a tensor's name."""
         return self.tensor(index).name.decode()
 
+    def names(self) -> list[str]:
+        """Return the names of all tensors."""
+        return [tensor.name.decode() for tensor in self._graph.tensors]
+
     def data(self, index: int) -> bytes:
         """Return the bytes of a constant, none for any other tensor."""
+        return self.view(index).tobytes()
+
+    def view(self, index: int) -> NDArray[np.uint8]:
+        """Return the bytes of a constant as they lie in memory, none for any other tensor."""
         data = self._model.buffers[self.tensor(index).buffer].data
-        return b"" if data is None else np.asarray(data, np.uint8).tobytes()
+        return np.empty(0, np.uint8) if data is None else np.asarray(data, np.uint8)
 
     def constant(self, index: int) -> NDArray[np.float32] | None:
         """Return a float32 constant in its shape, None for any other tensor."""
@@ -139,9 +159,7 @@ class Graph:
         """Return the file, without tensors and numbers that nothing reads."""
         self._graph.operators = self.operators
         self._drop_unread_()
-        builder = flatbuffers.Builder(2**16)
-        builder.Finish(self._model.Pack(builder), file_identifier=IDENTIFIER)
-        return bytes(builder.Output())
+        return encode(self._model)
 
     def _code(self, kind: int, version: int) -> int:
         codes = self._model.operatorCodes
@@ -182,6 +200,33 @@ class Graph:
         self._model.buffers = [buffers[old] for old in place]
         for reader in readers:
             reader.buffer = place[reader.buffer]
+
+
+def encode(model: Any) -> bytes:
+    """Return a model's objects as a file.
+
+    Raises:
+        BuildError: it passes the 2 GB of a flatbuffer.
+    """
+    held = sum(len(b.data) for b in model.buffers if b.data is not None)
+    check_size(held)
+    # All at once: a builder that grows by doubling holds a large file three times.
+    builder = flatbuffers.Builder(held + 64 * len(model.buffers) + 2**20)
+    builder.Finish(model.Pack(builder), file_identifier=IDENTIFIER)
+    return bytes(memoryview(builder.Bytes)[builder.Head() :])
+
+
+def check_size(size_bytes: int) -> None:
+    """Refuse a file that a flatbuffer cannot hold; readers would take it for a damaged one.
+
+    Raises:
+        BuildError: it passes ``MAX_BYTES``.
+    """
+    if size_bytes > MAX_BYTES:
+        raise BuildError(
+            f"tflite: the model has {size_bytes / 2**30:.1f} GiB of weights in float32, as it is "
+            "converted; a flatbuffer holds 2. Use --target onnx,coreml or a smaller backbone."
+        )
 
 
 def per_channel(scale: NDArray[np.float32], axis: int = 0) -> Any:

@@ -1,13 +1,11 @@
 """Captured program → TFLite flatbuffer by litert-torch; where its taps are; its metadata."""
 
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import flatbuffers
 import litert_torch
 import numpy as np
 import torch
@@ -18,11 +16,10 @@ from torch.fx import GraphModule
 from dinoexport.errors import BuildError
 from dinoexport.graph.capture import CapturedProgram
 from dinoexport.targets.adaptor import NhwcAdaptor
-from dinoexport.targets.tflite.attention import widen_products
-from dinoexport.targets.tflite.graph import IDENTIFIER
-from dinoexport.targets.tflite.runtime import CHANNELS_LAST, TfliteRuntime
-
-MAX_BYTES = 2**31 - 2**20
+from dinoexport.targets.tflite.attention import widen_products_
+from dinoexport.targets.tflite.graph import Graph, check_size, encode
+from dinoexport.targets.tflite.origins import Origins
+from dinoexport.targets.tflite.runtime import CHANNELS_LAST
 
 
 def lower(program: CapturedProgram) -> bytes:
@@ -32,29 +29,31 @@ def lower(program: CapturedProgram) -> bytes:
         BuildError: the converter cannot express an operation, the file passes 2 GB, or the
             temporary folder is too small.
     """
-    return _convert(program, program.program, program.output_names)
+    return _convert(program, program.program, program.output_names).encode()
 
 
 def _convert(
     program: CapturedProgram, exported: ExportedProgram, output_names: tuple[str, ...]
-) -> bytes:
+) -> Graph:
     with tempfile.TemporaryDirectory(prefix="dinoexport-") as folder:
         path = Path(folder) / "model.tflite"
         _check_space(Path(folder), exported)
+        check_size(_bytes_of(exported))
         adaptor = NhwcAdaptor(exported, program.input_names, output_names)
         part_factors_(adaptor.core)
         try:
-            litert_torch.convert(adaptor, sample_kwargs=program.sample_inputs()).export(str(path))
+            # Light: the same operators (but for a constant that it folds better) in two thirds of
+            # the memory.
+            litert_torch.convert(
+                adaptor, sample_kwargs=program.sample_inputs(), lightweight_conversion=True
+            ).export(str(path))
         except Exception as error:  # the converter raises types of several libraries
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
             raise BuildError(f"tflite: the converter failed: {reason}") from error
         content = path.read_bytes()
-    if len(content) > MAX_BYTES:
-        raise BuildError(
-            f"tflite: the model has {len(content) / 2**30:.1f} GiB, a flatbuffer holds 2. "
-            "Build with a smaller backbone."
-        )
-    return widen_products(content)
+    graph = Graph(content)
+    widen_products_(graph)
+    return graph
 
 
 def part_factors_(core: GraphModule) -> None:
@@ -81,7 +80,7 @@ def part_factors_(core: GraphModule) -> None:
 
 def _check_space(folder: Path, exported: ExportedProgram) -> None:
     """Refuse a temporary folder that is too small: LLVM, unable to write, ends the process."""
-    needed = 32 * 2**20 + sum(4 * tensor.numel() for tensor in exported.state_dict.values())
+    needed = 32 * 2**20 + _bytes_of(exported)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise BuildError(
@@ -90,65 +89,49 @@ def _check_space(folder: Path, exported: ExportedProgram) -> None:
         )
 
 
+def _bytes_of(exported: ExportedProgram) -> int:
+    """Bytes of a program's weights as the converter writes them, in float32."""
+    return sum(4 * tensor.numel() for tensor in exported.state_dict.values())
+
+
 def locate_taps(content: bytes, program: CapturedProgram) -> dict[str, str]:
     """Find each tap's tensor in the file that ships.
 
     The converter drops node names, so a debug file is converted from the same graph with the taps
-    as outputs. A tap is the first tensor of the shipped file that, on random images, holds the same
-    bits, in the same order or as the channels-last form of a map.
+    as outputs. A tap is the first tensor of the shipped file that is computed from the same
+    constants by the same operators (see ``Origins``), as it is or as the channels-last form of a
+    map.
 
     Returns:
         {tap: name of its tensor}, behind ``CHANNELS_LAST`` where it is such a form.
 
     Raises:
-        BuildError: a tap cannot be found so; or the two files hold other weights.
+        BuildError: a tap cannot be found so, or its tensor's name is not unique.
     """
     names = (*program.output_names, *program.tap_nodes)
-    debug_content = _convert(program, program.debug_program, names)
-    if weights_of(content) != weights_of(debug_content):
-        raise BuildError("tflite: the debug file holds other weights than the shipped one")
-    with tempfile.TemporaryDirectory(prefix="dinoexport-") as folder:
-        path, debug_path = Path(folder) / "model.tflite", Path(folder) / "debug.tflite"
-        path.write_bytes(content)
-        debug_path.write_bytes(debug_content)
-        shipped = TfliteRuntime(path, {}, keep_all=True)
-        debug = TfliteRuntime(debug_path, {}, keep_all=True)
-    rng = np.random.default_rng(0)
-    images = {
-        name: rng.integers(0, 256, (*program.image_size, 3), dtype=np.uint8)
-        for name in program.input_names
-    }
-    shipped.run(images)
-    debug_values = debug.run(images).outputs
-    found: dict[bytes, int] = {}
-    for index in shipped.results():
-        found.setdefault(_bits(shipped.tensor(index)), index)
+    debug = _convert(program, program.debug_program, names)
+    wanted = Origins(debug)
+    shipped = Graph(content)
+    found = Origins(shipped).results()
+    ports = debug.ports("outputs")
     places = {}
     for tap in program.tap_nodes:
-        value = debug_values[tap]
-        index = found.get(_bits(value))
-        mark = ""
-        if index is None and value.ndim == 4:
-            index = found.get(_bits(value.transpose(0, 2, 3, 1)))
-            mark = CHANNELS_LAST
+        index, mark = found.get(wanted.of(ports[tap])), ""
+        turned = wanted.channels_last(ports[tap]) if index is None else None
+        if turned is not None:
+            index, mark = found.get(turned), CHANNELS_LAST
         if index is None:
             raise BuildError(f"tflite: tap {tap} is not in the shipped file")
-        places[tap] = mark + shipped.name_of(index)
+        places[tap] = mark + _unique_name(shipped, index)
     return places
 
 
-def _bits(value: np.ndarray) -> bytes:
-    """Digest of a tensor's values in their order, whatever its shape."""
-    return hashlib.sha256(np.ascontiguousarray(value).tobytes()).digest()
-
-
-def weights_of(content: bytes) -> list[bytes]:
-    """Return all constant buffers of a flatbuffer, sorted: equal for equal weights."""
-    model = schema.Model.GetRootAs(content, 0)
-    buffers = [model.Buffers(i) for i in range(model.BuffersLength())]
-    held = [bytes(np.asarray(b.DataAsNumpy())) for b in buffers if b is not None and b.DataLength()]
-    # Small ones are shapes and versions, which follow the outputs.
-    return sorted(data for data in held if len(data) > 64)
+def _unique_name(graph: Graph, index: int) -> str:
+    """Return a tensor's name, which stays the same when the file is quantised."""
+    name = graph.name(index)
+    if graph.names().count(name) != 1:
+        raise BuildError(f"tflite: tensor name {name} is not unique, so it locates no tap")
+    return name
 
 
 def embed_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
@@ -164,6 +147,4 @@ def embed_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
         model.buffers.append(buffer)
         model.metadata.append(entry)
     model.description = f"dinoexport {metadata.get('name', '')}".strip()
-    builder = flatbuffers.Builder(len(content) + 2**16)
-    builder.Finish(model.Pack(builder), file_identifier=IDENTIFIER)
-    return bytes(builder.Output())
+    return encode(model)

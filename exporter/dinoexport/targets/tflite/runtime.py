@@ -13,7 +13,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from dinoexport.errors import BundleError
 from dinoexport.targets.base import RunResult, Runtime, plain
-from dinoexport.targets.tflite.exact import exact_form
+from dinoexport.targets.tflite.exact import to_exact_form_
 from dinoexport.targets.tflite.graph import Graph
 
 CHANNELS_LAST = "channels-last:"
@@ -27,10 +27,10 @@ class TfliteRuntime(Runtime):
         path: the artifact.
         taps: {tap: tensor name}. A delegate does not give its inner tensors, so these become
             outputs of the graph, and the kernels stay those that apps run.
-        keep_all: keep every tensor, which takes LiteRT's own kernels, several times slower.
         threads: of the XNNPACK delegate.
-        exact: compute in float32 with the stored numbers, see ``exact_form``, in LiteRT's own
-            kernels.
+        exact: compute in float32 with the stored numbers, see ``to_exact_form_``.
+        own_kernels: LiteRT's own, several times slower than XNNPACK; without a choice, those of
+            exact arithmetic.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class TfliteRuntime(Runtime):
         path: Path,
         taps: Mapping[str, str],
         *,
-        keep_all: bool = False,
         threads: int = 2,
         exact: bool = False,
+        own_kernels: bool | None = None,
     ) -> None:
         # XNNPACK's sums lose digits where a group norm reads few places: 107 dB of 110 were seen.
-        own = keep_all or exact
+        own = exact if own_kernels is None else own_kernels
         kernels = "reference kernels" if own else "XNNPACK"
         places = {tap: name.removeprefix(CHANNELS_LAST) for tap, name in taps.items()}
         self.name = f"ai-edge-litert {version('ai-edge-litert')} (CPU, {kernels})"
@@ -54,7 +54,6 @@ class TfliteRuntime(Runtime):
             self._interpreter = Interpreter(
                 model_content=content,
                 num_threads=threads,
-                experimental_preserve_all_tensors=keep_all,
                 experimental_op_resolver_type=(
                     OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES if own else OpResolverType.AUTO
                 ),
@@ -95,26 +94,6 @@ class TfliteRuntime(Runtime):
         value = np.array(self._interpreter.get_tensor(index), np.float32)
         return value.transpose(0, 3, 1, 2) if tap in self._last else value
 
-    def tensor(self, index: int) -> np.ndarray:
-        """Value of a tensor after a run with ``keep_all``."""
-        return np.array(self._interpreter.get_tensor(index))
-
-    def name_of(self, index: int) -> str:
-        """Name of a tensor, which stays the same when the file is quantised.
-
-        Raises:
-            BundleError: two tensors share the name.
-        """
-        details = self._interpreter.get_tensor_details()
-        name = next(d["name"] for d in details if d["index"] == index)
-        if sum(d["name"] == name for d in details) != 1:
-            raise BundleError(f"tflite: tensor name {name} is not unique, so it locates no tap")
-        return name
-
-    def results(self) -> list[int]:
-        """Tensor indices of all operators' results, in running order."""
-        return [index for _, results in self._results() for index in results]
-
     def _results(self) -> list[tuple[str, list[int]]]:
         return [
             (op["op_name"], [int(i) for i in op["outputs"]])
@@ -129,10 +108,11 @@ def _rewrite(content: bytes, outputs: set[str], exact: bool) -> bytes:
         ValueError: it is damaged.
     """
     try:
-        content = exact_form(content) if exact else content
-        if not outputs:
+        if not (outputs or exact):
             return content
         graph = Graph(content)
+        if exact:
+            to_exact_form_(graph)
         graph.add_outputs(outputs)
         return graph.encode()
     except Exception as error:  # a damaged flatbuffer fails in any access

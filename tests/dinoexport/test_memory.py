@@ -1,0 +1,56 @@
+"""What cannot end well is refused before work starts: memory, and formats of 2 GB."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from dinoexport import pipeline
+from dinoexport.console import Reporter
+from dinoexport.errors import BuildError
+from dinoexport.memory import free_bytes, keep_freed, release
+from dinoexport.pipeline import LEAST_COPIES, BuildRequest, build, plan_build
+from dinoexport.targets.tflite import graph
+
+
+def weights(path: Path) -> int:
+    return sum(4 * tensor.size for tensor in load_file(path).values())
+
+
+def test_the_system_is_asked() -> None:
+    free = free_bytes()
+    assert free is None or 2**20 < free < 2**50
+    keep_freed()
+    release()
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_too_little_memory_is_refused_before_anything_is_loaded(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: int
+) -> None:
+    def load(_plan) -> None:
+        raise LookupError("loading")
+
+    needed = LEAST_COPIES * weights(tiny_checkpoint)
+    monkeypatch.setattr(pipeline, "free_bytes", lambda: needed - short)
+    monkeypatch.setattr(pipeline, "load_model", load)
+    request = BuildRequest("eyelid", "onnx", tmp_path, tiny_checkpoint, "fp16")
+    with pytest.raises(BuildError if short else LookupError) as error:
+        build(request, Reporter(enabled=False))
+    if short:
+        assert "of memory free, and a build of this model needs at least" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_plan_says_what_a_format_cannot_hold(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(target: str) -> tuple[str, ...]:
+        return plan_build(BuildRequest("eyelid", target, tmp_path, tiny_checkpoint)).targets
+
+    monkeypatch.setattr(graph, "MAX_BYTES", weights(tiny_checkpoint))
+    assert plan("all") == ("onnx", "coreml", "tflite")
+    monkeypatch.setattr(graph, "MAX_BYTES", weights(tiny_checkpoint) - 1)
+    assert plan("onnx,coreml") == ("onnx", "coreml")
+    with pytest.raises(BuildError, match=r"a flatbuffer holds 2\. Use --target onnx,coreml"):
+        plan("all")
