@@ -107,7 +107,7 @@ def draw_front(
 
         axes = add_axes(figure, WIDTH_IN, HEIGHT_IN, top_in=0.4)
         axes.set(yscale="log", title=title, xlabel="artifact, MB")
-        axes.set_ylabel(f"largest error on held-out pictures, {unit}")
+        axes.set_ylabel(f"lost on held-out pictures, {unit}")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         front = pareto_front(flat)
