@@ -79,7 +79,7 @@ def test_what_is_known_is_not_built_again(monkeypatch, tmp_path, capsys) -> None
             target = command[command.index("--target") + 1].split(",")[0]
             bundle = {"target": target, "size_bytes": 2e6, "passed": True, "parity": parity}
             stdout = msgspec.json.encode({"bundles": [bundle]}).decode()
-        return ProcessCost(status=0, wall_s=1.0, peak_bytes=1, stdout=stdout, stderr="")
+        return ProcessCost(status=0, wall_s=1.0, cpu_s=1.0, peak_bytes=1, stdout=stdout, stderr="")
 
     monkeypatch.setattr(recipes, "measure", measured)
     for wanted in ("pal6", ""):
