@@ -38,7 +38,7 @@ from dinoexport.manifest import (
     describe_inputs,
     describe_preprocessing,
 )
-from dinoexport.memory import free_bytes, keep_freed, release
+from dinoexport.memory import free_bytes, release, reusing_freed
 from dinoexport.passes.base import apply_passes
 from dinoexport.passes.guard_norms import GuardNorms, large_norms
 from dinoexport.passes.sequence import LAYOUTS, build_deploy_model
@@ -294,7 +294,6 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
         DinoError: see the stages; the bundle that stood there before is unchanged.
     """
     plan = plan_build(request)
-    keep_freed()
     if plan.config.notice:
         reporter.say(plan.config.notice)
     for notice in plan.notices:
@@ -306,14 +305,14 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
             model = load_model(plan)
             sha256 = digest(plan.checkpoint)
         _check_space(model, request.out)
-        with reporter.step("reference (PyTorch float32)"):
+        with reporter.step("reference (PyTorch float32)"), reusing_freed():
             reference = make_reference(model, sha256)
             deploy = make_deploy_model(model, plan, reference)
         # What follows needs the deploy model alone, and large models fill the memory.
         del model
         release()
         calibration = _calibrate(plan, deploy, reference, reporter)
-        with reporter.step(f"prepare for {plan.recipe.name}"):
+        with reporter.step(f"prepare for {plan.recipe.name}"), reusing_freed():
             layers = prepare_(deploy, plan.recipe, calibration)
             reference = with_deployed(reference, plan.recipe.name, deploy)
         with reporter.step("capture"), quiet(log):
