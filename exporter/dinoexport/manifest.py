@@ -171,6 +171,7 @@ class Manifest(_Frozen, frozen=True, kw_only=True):
     task: str
     target: str
     precision: str
+    layout: str = "tokens"
     calibration: CalibrationSummary | None = None
     budget: BudgetRecord | None = None
     artifact: str

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -55,7 +56,7 @@ from dinoexport.quantize.prepare import prepare_
 from dinoexport.recipes import Recipe, parse_recipe
 from dinoexport.report import render_report
 from dinoexport.targets.base import LowerOptions, Target
-from dinoexport.targets.table import expand_targets, get_target
+from dinoexport.targets.table import TABLE, expand_targets, get_target
 from dinoexport.verify.parity import verify_artifact
 from dinoexport.verify.reference import (
     Reference,
@@ -121,6 +122,11 @@ class BuildRequest:
     budget: BudgetRecord | None = None
     """What the recipe was chosen to hold, of one target."""
 
+    @property
+    def lower_options(self) -> LowerOptions:
+        """What targets are told."""
+        return LowerOptions(self.minimum_ios, self.layout)
+
 
 @dataclass(frozen=True)
 class BuildPlan:
@@ -140,7 +146,7 @@ class BuildPlan:
     @property
     def notices(self) -> tuple[str, ...]:
         """What the targets have to say of the recipe, a line each."""
-        options = LowerOptions(self.request.minimum_ios)
+        options = self.request.lower_options
         lines = (get_target(name).notice(self.recipe, options) for name in self.targets)
         return tuple(line for line in lines if line)
 
@@ -195,7 +201,7 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     for name in targets:
         get_target(name).check_weights(weights)
     size = "x".join(map(str, dict.fromkeys(config.image_size)))
-    _check_layout(request.layout, config, path)
+    _check_layout(request.layout, targets, config, path)
     name = f"{config.task}-{_short(config.backbone.name)}-{size}-{recipe.name}"
     name += "" if request.layout == "tokens" else f"-{request.layout}"
     return BuildPlan(request, path, config, recipe, name, tuple(targets))
@@ -221,9 +227,18 @@ def _check_memory(weights: int) -> None:
         )
 
 
-def _check_layout(layout: str, config: CheckpointConfig, path: Path) -> None:
+def _check_layout(
+    layout: str, targets: Sequence[str], config: CheckpointConfig, path: Path
+) -> None:
     if layout not in LAYOUTS:
         raise unknown_name("layout", layout, LAYOUTS)
+    lacking = next((name for name in targets if layout not in get_target(name).layouts), None)
+    if lacking is not None:
+        having = [name for name in TABLE if layout in get_target(name).layouts]
+        raise UsageError(
+            f"--layout {layout} is not one of {lacking}. Use --target {','.join(having)}, or "
+            f"--layout tokens."
+        )
     if layout != "tokens" and not isinstance(config.backbone, ViTConfig):
         raise UsageError(
             f"--layout {layout} is one of tokens, and {path.name} has a convolutional backbone, "
@@ -378,7 +393,7 @@ def _build_one(
     reporter: Reporter,
     log: Path,
 ) -> BuiltBundle:
-    options = LowerOptions(plan.request.minimum_ios)
+    options = plan.request.lower_options
     task = get_task(plan.config.task)
     bundle_name = plan.bundle_name(target.name)
     with staged(plan.request.out, bundle_name) as folder:
@@ -400,6 +415,7 @@ def _build_one(
             task=task.name,
             target=target.name,
             precision=plan.recipe.name,
+            layout=plan.request.layout,
             calibration=_summarise(calibration),
             budget=plan.request.budget,
             artifact=artifact.name,

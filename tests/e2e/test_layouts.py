@@ -73,6 +73,19 @@ def test_every_target_passes_in_columns(checkpoint, tmp_path):
         assert operations[largest[built.target]] == 3
 
 
+def test_onnx_for_cpus_has_attention_in_one_operator(checkpoint, tmp_path):
+    asked = request(checkpoint, tmp_path, "onnx", "cpu")
+    (built,) = build(asked, Reporter(enabled=False)).bundles
+    assert built.verdict.passed, built.verdict.blame
+    bundle = open_bundle(built.path)
+    assert built.path.name == "classify-tiny-56x70-fp16-cpu-onnx"
+    assert bundle.manifest.layout == "cpu"
+    operations = get_target("onnx").count_operations(bundle.artifact)
+    assert operations["MultiHeadAttention"] == CONFIG.backbone.depth
+    # That of the classes is left.
+    assert operations["Softmax"] == 1
+
+
 @pytest.fixture(scope="module")
 def rows(checkpoint, tmp_path_factory) -> tuple[BuildPlan, TaskModel, Reference]:
     plan = plan_build(request(checkpoint, tmp_path_factory.mktemp("rows"), "onnx", "tokens"))
@@ -111,6 +124,8 @@ def test_a_wrong_epsilon_of_a_guarded_norm_is_caught(rows, tmp_path):
 def test_names_and_families_that_are_refused(checkpoint, tmp_path):
     with pytest.raises(UsageError, match=r"unknown layout 'anne'\. Did you mean 'ane'"):
         plan_build(request(checkpoint, tmp_path, layout="anne"))
+    with pytest.raises(UsageError, match=r"cpu is not one of coreml\. Use --target onnx, or"):
+        plan_build(request(checkpoint, tmp_path, "onnx,coreml", "cpu"))
     convnet = ConvNetConfig(name="small", family="seresnet", width=0.125, depth=0.1)
     config = msgspec.structs.replace(
         CONFIG, backbone=convnet, features=FeatureConfig(kind="pooled"), image_size=(64, 64)

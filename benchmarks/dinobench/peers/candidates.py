@@ -22,6 +22,10 @@ class Candidate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """How it was made, for the table."""
     exact: bool = False
     """Float32 throughout: must give the reference's probabilities."""
+    target: str = ""
+    """Of ours, as ``dinoexport build`` takes it; so are the two below."""
+    precision: str = ""
+    layout: str = ""
 
 
 CLASSIFY_INPUT = "image"
@@ -46,16 +50,21 @@ INTEGER_ROOFLINE = Candidate(
 )
 
 
-def our_candidate(target: str, precision: str) -> Candidate:
-    """``dinoexport build`` of one target and precision."""
+def our_candidate(target: str, precision: str, layout: str = "tokens") -> Candidate:
+    """``dinoexport build`` of one target, precision and layout."""
+    name = f"ours-{target}-{precision}" + ("" if layout == "tokens" else f"-{layout}")
+    option = "" if layout == "tokens" else f" --layout {layout}"
     return Candidate(
-        name=f"ours-{target}-{precision}",
+        name=name,
         family="ours",
         runtime=OUR_TARGETS[target],
         pixels="uint8",
-        file=f"ours-{target}-{precision}.{target}",
-        what=f"dinoexport build --target {target} --precision {precision}",
+        file=f"{name}.{target}",
+        what=f"dinoexport build --target {target} --precision {precision}{option}",
         exact=precision == "fp32",
+        target=target,
+        precision=precision,
+        layout=layout,
     )
 
 
@@ -88,4 +97,6 @@ PEERS = (*PEER_ONNX, PEER_TFLITE, OPENVINO_FP32, OPENVINO_INT8)
 def all_candidates(precisions: tuple[str, ...]) -> tuple[Candidate, ...]:
     """Every candidate, in the order of the table; ours first."""
     ours = tuple(our_candidate(t, p) for t in OUR_TARGETS for p in precisions)
+    # Int8 recipes take that attention by themselves where it pays.
+    ours += (our_candidate("onnx", "fp32", "cpu"),) if "fp32" in precisions else ()
     return (*ours, *PEERS, ROOFLINE, INTEGER_ROOFLINE)

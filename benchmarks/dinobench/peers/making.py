@@ -52,21 +52,21 @@ def make_ours(candidate: Candidate, folder: Path, size: int, hot: bool) -> str:
     from dinoexport.pipeline import BuildRequest, build
     from dinotrain.errors import DinoError
 
-    _, target, precision = candidate.name.split("-", 2)
     with tempfile.TemporaryDirectory(prefix="dinobench-", dir=folder) as out:
         request = BuildRequest(
             task="classify",
-            target=target,
+            target=candidate.target,
             out=Path(out),
             checkpoint=folder / CHECKPOINT,
-            precision=precision,
+            precision=candidate.precision,
+            layout=candidate.layout,
             image_size=(size, size),
         )
         try:
             (bundle,) = build(request, Reporter(enabled=False)).bundles
         except DinoError as error:
             raise NotMadeError(str(error)) from error
-        (artifact,) = bundle.path.glob(f"*.{target}")
+        (artifact,) = bundle.path.glob(f"*.{candidate.target}")
         shutil.copyfile(artifact, folder / candidate.file)
         return "" if bundle.verdict.passed else "its parity verdict is a fail"
 

@@ -35,7 +35,10 @@ def build(
     ] = 17,
     layout: Annotated[
         str,
-        typer.Option(help="tokens, or ane: columns and 1×1 convolutions, for the Neural Engine."),
+        typer.Option(
+            help="tokens; ane: columns and 1×1 convolutions, for the Neural Engine; cpu: ONNX with "
+            "onnxruntime's own attention."
+        ),
     ] = "tokens",
     calibration: Annotated[
         Path | None,

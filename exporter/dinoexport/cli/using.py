@@ -60,7 +60,7 @@ def inspect(
         bool,
         typer.Option("--passes", help="Of a checkpoint: operations before and after each pass."),
     ] = False,
-    layout: Annotated[str, typer.Option(help="With --passes: tokens or ane.")] = "tokens",
+    layout: Annotated[str, typer.Option(help="With --passes: tokens, ane or cpu.")] = "tokens",
     json: Json = False,
 ) -> None:
     """Say what a bundle or a checkpoint is: inputs, outputs, origin, metadata, operations."""

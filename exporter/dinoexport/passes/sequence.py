@@ -32,9 +32,9 @@ PASSES: tuple[Pass, ...] = (
     FoldHead(),
 )
 
-LAYOUTS: dict[str, tuple[Pass, ...]] = {"tokens": (), "ane": (ToChannelsFirst(),)}
+LAYOUTS: dict[str, tuple[Pass, ...]] = {"tokens": (), "ane": (ToChannelsFirst(),), "cpu": ()}
 """Layout → what comes behind ``PASSES``: rows of tokens stay, or become the columns that Apple's
-Neural Engine works in."""
+Neural Engine works in; for a CPU a target may choose operators that other processors lack."""
 
 
 def build_deploy_model(

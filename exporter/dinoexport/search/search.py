@@ -38,7 +38,7 @@ from dinoexport.search.proposals import SHARE, finer, ladder, propose_mixture
 from dinoexport.search.simulation import Simulation, run_model
 from dinoexport.search.sizes import group_sizes, weight_bytes
 from dinoexport.search.state import Measured, load_state, save_state
-from dinoexport.targets.base import LowerOptions, Runtime, Target
+from dinoexport.targets.base import Runtime, Target
 from dinoexport.targets.table import get_target
 from dinoexport.verify.reference import Reference, make_reference
 from dinotrain.digests import digest
@@ -208,9 +208,9 @@ class Search:
                 continue
             self._known.clear()
             alone = Recipe(base)
-            drop = self._drop(alone)
             smaller = self._smaller(alone, measured)
-            if alone.name in measured.candidates or smaller is None or drop < smaller.error:
+            built = alone.name in measured.candidates
+            if smaller is None or built or self._more_exact(alone, smaller):
                 yield alone
             else:
                 skipped[alone.name] = f"larger and no more exact than {smaller.recipe}"
@@ -240,8 +240,9 @@ class Search:
             least = count + 1 + (len(worth) - count) // 4
 
     def _smaller(self, recipe: Recipe, measured: Measured) -> Candidate | None:
-        """Return the most exact artifact that holds the budget and is smaller than a recipe's; None
-        where speed is asked for, of which nothing is known before an artifact is timed.
+        """Return the most exact artifact that holds the budget and is smaller than a recipe's.
+
+        None where speed is asked for, of which nothing is known before an artifact is timed.
         """
         if self.request.prefer == "speed":
             return None
@@ -253,7 +254,11 @@ class Search:
             for c in measured.candidates.values()
             if c.error <= budget and c.size_bytes < size and c.recipe != recipe.name
         ]
-        return min(smaller, key=lambda c: c.error, default=None)
+        return min(smaller, key=lambda c: self._drop(parse_recipe(c.recipe)), default=None)
+
+    def _more_exact(self, recipe: Recipe, other: Candidate) -> bool:
+        """Compare simulation with simulation: labels come into what is measured alone."""
+        return self._drop(recipe) < self._drop(parse_recipe(other.recipe))
 
     def _size(self, recipe: Recipe, measured: Measured) -> float:
         """Predict the size of an artifact from that of fp16's, in bytes."""
@@ -332,7 +337,7 @@ class Search:
         ):
             program = self._capture(recipe)
             path = Path(folder) / f"{plan.name}{target.suffix}"
-            options = LowerOptions(plan.request.minimum_ios)
+            options = plan.request.lower_options
             target.lower(program, path, options, embedded_metadata(plan, self.sha256))
             runtime = target.runtime(path)
             outputs = self._run(runtime, step.update)

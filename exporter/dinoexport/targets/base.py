@@ -45,6 +45,7 @@ class LowerOptions:
     """What can be chosen besides the recipe; a target ignores what does not concern it."""
 
     minimum_ios: int = 17
+    layout: str = "tokens"
 
 
 class Target(ABC):
@@ -54,6 +55,8 @@ class Target(ABC):
     suffix: str
     supports: Mapping[str, str]
     """Precisions that can be built, {name: where it runs and where it pays}."""
+    layouts: frozenset[str] = frozenset({"tokens", "ane"})
+    """That it has a form for; see ``passes.sequence.LAYOUTS``."""
     timed_here: bool = True
     """True where this machine runs artifacts by the runtime that apps use."""
     taps_disturb: bool = True

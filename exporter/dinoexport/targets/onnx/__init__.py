@@ -20,6 +20,7 @@ class OnnxTarget(Target):
 
     name = "onnx"
     suffix = ".onnx"
+    layouts = frozenset({"tokens", "ane", "cpu"})
     supports = {  # noqa: RUF012
         "fp32": "everywhere",
         "fp16": "everywhere; faster on GPUs and NPUs, not on CPUs",
@@ -42,21 +43,24 @@ class OnnxTarget(Target):
         metadata: Mapping[str, str],
     ) -> dict[str, str]:
         """Write a checked .onnx file."""
-        from dinoexport.targets.onnx.attention import fuse_attention_
+        from dinoexport.targets.onnx.attention import LEAST_TOKENS, fuse_attention_
         from dinoexport.targets.onnx.constants import store_constants_in_half_
         from dinoexport.targets.onnx.integer import quantize_layers_
         from dinoexport.targets.onnx.lower import locate_taps, lower, save
         from dinoexport.targets.onnx.quantize import to_half_precision_
 
         model = lower(program)
+        integer = any(p.activations in _INTEGER for p in program.recipe.precisions)
         if program.recipe.name == "fp16":
             to_half_precision_(model, program.decode_nodes)
         elif program.recipe.name != "fp32":
             quantize_layers_(model, program.layers)
-            if any(p.activations in _INTEGER for p in program.recipe.precisions):
-                # It pays on CPUs alone, and onnxruntime's have this operator.
-                fuse_attention_(model)
             store_constants_in_half_(model)
+        if options.layout == "cpu":
+            fuse_attention_(model, least_tokens=1)
+        elif integer and options.layout == "tokens":
+            # These recipes pay on CPUs alone, and onnxruntime's have this operator.
+            fuse_attention_(model, LEAST_TOKENS)
         save(model, path, metadata)
         return locate_taps(model, program.tap_nodes)
 

@@ -36,7 +36,7 @@ class _Attention:
         return self.nodes[-1].output[0]
 
 
-def fuse_attention_(model: ModelProto, least_tokens: int = LEAST_TOKENS) -> int:
+def fuse_attention_(model: ModelProto, least_tokens: int) -> int:
     """Replace attention to that many tokens wherever it is written out, in place.
 
     Returns:

@@ -24,6 +24,10 @@ def to_exact_precision_(model: ModelProto) -> None:
             # The runtime widens them while it loads: copies of large weights would not fit.
             name, tensor.name = tensor.name, f"{tensor.name}_stored_half"
             draft.cast(tensor.name, _FLOAT, name)
+    for value in model.graph.value_info:
+        # Of operators that shape inference does not know; it types all others anew.
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
+            value.type.tensor_type.elem_type = _FLOAT
     stored = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in stored:
