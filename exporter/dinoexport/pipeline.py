@@ -39,7 +39,7 @@ from dinoexport.manifest import (
     describe_inputs,
     describe_preprocessing,
 )
-from dinoexport.memory import free_bytes, release, reusing_freed
+from dinoexport.memory import free_bytes, release
 from dinoexport.passes.base import apply_passes
 from dinoexport.passes.guard_norms import GuardNorms, large_norms
 from dinoexport.passes.sequence import LAYOUTS, build_deploy_model
@@ -320,14 +320,14 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
             model = load_model(plan)
             sha256 = digest(plan.checkpoint)
         _check_space(model, request.out)
-        with reporter.step("reference (PyTorch float32)"), reusing_freed():
+        with reporter.step("reference (PyTorch float32)"):
             reference = make_reference(model, sha256)
             deploy = make_deploy_model(model, plan, reference)
         # What follows needs the deploy model alone, and large models fill the memory.
         del model
         release()
         calibration = _calibrate(plan, deploy, reference, reporter)
-        with reporter.step(f"prepare for {plan.recipe.name}"), reusing_freed():
+        with reporter.step(f"prepare for {plan.recipe.name}"):
             layers = prepare_(deploy, plan.recipe, calibration)
             reference = with_deployed(reference, plan.recipe.name, deploy)
         with reporter.step("capture"), quiet(log):

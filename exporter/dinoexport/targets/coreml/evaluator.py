@@ -217,9 +217,7 @@ class PackageEvaluator:
         unpacked = self._unpack_weights(round_activations)
         values = self._feed(inputs, round_activations)
         last_use = self._last_use(wanted)
-        # Made here, so that what is kept does not lie between blocks that come and go.
-        kept = {name: self._room(name) for name in wanted}
-        left = set(wanted)
+        kept: dict[str, np.ndarray] = {}
         peaks: list[Peak] = []
         with torch.inference_mode():
             for step, operation in enumerate(self._operations):
@@ -233,26 +231,15 @@ class PackageEvaluator:
                     if watch and raw.is_floating_point():
                         peaks.append(_peak(operation.op_type, var, raw))
                     values[id(var)] = value
-                    if var.name in left:
-                        left.remove(var.name)
-                        kept[var.name] = _fill(kept[var.name], value)
+                    if var.name in wanted:
+                        kept[var.name] = value.numpy().copy()
                 for key in last_use.get(step, ()):
                     values.pop(key, None)
             read = self._reader(values, unpacked)
             outputs = {var.name: read(var).numpy().copy() for var in self._results}
-            for name in left:
+            for name in wanted - kept.keys():
                 kept[name] = read(self._by_name[name]).numpy().copy()
         return Evaluation(outputs=outputs, values=kept, peaks=tuple(peaks))
-
-    def _room(self, name: str) -> np.ndarray:
-        """Memory for a variable's value, touched; none where only a run tells its shape."""
-        var = self._by_name[name]
-        sides = [_side(side) for side in var.shape]
-        if not all(isinstance(side, int) for side in sides):
-            return np.empty(0)
-        room = torch.empty(sides, dtype=carrier(var.dtype)).numpy()
-        room.fill(0)
-        return room
 
     def _unpack_weights(self, rounded: bool) -> dict[int, Tensor]:
         """Compute ``constexpr`` operations once; Core ML does so when it loads the model."""
@@ -445,15 +432,6 @@ def _settle(value: Tensor, dtype: Any, rounded: bool) -> Tensor:
     if rounded and dtype is types.fp16:
         return _round_to_half(value)
     return value.to(carrier(dtype))
-
-
-def _fill(room: np.ndarray, value: Tensor) -> np.ndarray:
-    """Copy a value into memory made for it, or into its own where it has another shape or type."""
-    array = value.numpy()
-    if room.shape != array.shape or room.dtype != array.dtype:
-        return array.copy()
-    np.copyto(room, array)
-    return room
 
 
 def _round_to_half(value: Tensor) -> Tensor:

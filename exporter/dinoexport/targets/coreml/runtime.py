@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image
 
 from dinoexport.errors import BundleError, ParityError
-from dinoexport.memory import reusing_freed
 from dinoexport.targets.base import RunResult, Runtime, plain
 from dinoexport.targets.coreml.evaluator import PackageEvaluator
 
@@ -45,13 +44,12 @@ class EvaluatorRuntime(Runtime):
             ParityError: a value passed the range of half precision (only without rounding, where
                 its origin shows).
         """
-        with reusing_freed():
-            result = self._evaluator.run(
-                dict(images),
-                round_activations=not self._exact,
-                keep=list(self._taps.values()),
-                watch=self._exact,
-            )
+        result = self._evaluator.run(
+            dict(images),
+            round_activations=not self._exact,
+            keep=list(self._taps.values()),
+            watch=self._exact,
+        )
         if result.overflowed:
             raise ParityError(
                 f"half precision overflows at {result.overflowed[0]}. Build with --precision fp32."
