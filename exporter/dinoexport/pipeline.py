@@ -75,8 +75,9 @@ from dinotrain.model import TaskModel
 from dinotrain.tasks import get_task
 
 LOG = "build.log"
-LEAST_COPIES = 3
-"""Of the float32 weights that a build holds at once, whatever the target (docs/scale.md)."""
+LEAST_COPIES = 2
+"""Of the float32 weights that any build holds at once: the file's and the model's, while it is
+loaded."""
 _TOOLS = (
     "dinoexport",
     "torch",
