@@ -39,7 +39,7 @@ from dinoexport.manifest import (
     describe_inputs,
     describe_preprocessing,
 )
-from dinoexport.memory import free_bytes, keep_freed, release
+from dinoexport.memory import free_bytes, release
 from dinoexport.passes.base import apply_passes
 from dinoexport.passes.guard_norms import GuardNorms, large_norms
 from dinoexport.passes.sequence import LAYOUTS, build_deploy_model
@@ -75,8 +75,9 @@ from dinotrain.model import TaskModel
 from dinotrain.tasks import get_task
 
 LOG = "build.log"
-LEAST_COPIES = 3
-"""Of the float32 weights that a build holds at once, whatever the target (docs/scale.md)."""
+LEAST_COPIES = 2
+"""Of the float32 weights that any build holds at once: the file's and the model's, while it is
+loaded."""
 _TOOLS = (
     "dinoexport",
     "torch",
@@ -314,7 +315,6 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
         DinoError: see the stages; the bundle that stood there before is unchanged.
     """
     plan = plan_build(request)
-    keep_freed()
     if plan.config.notice:
         reporter.say(plan.config.notice)
     for notice in plan.notices:

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 from dinoexport import pipeline
 from dinoexport.console import Reporter
 from dinoexport.errors import BuildError
-from dinoexport.memory import free_bytes, keep_freed, release
+from dinoexport.memory import free_bytes, release
 from dinoexport.pipeline import LEAST_COPIES, BuildRequest, build, plan_build
 from dinoexport.targets.tflite import graph
 
@@ -20,7 +20,6 @@ def weights(path: Path) -> int:
 def test_the_system_is_asked() -> None:
     free = free_bytes()
     assert free is None or 2**20 < free < 2**50
-    keep_freed()
     release()
 
 

@@ -228,7 +228,8 @@ def make_reference(
                 noted.append([])
                 return deploy.run(pixels)
 
-            deployed = {"fp32": _run_all(run, few, positions, device)}
+            with _sketching(deploy, positions):
+                deployed = {"fp32": _run_all(run, few, {}, device)}
         norms = _compare_runs(noted)
         _check_deploy(exact.at(_places(len(samples))), deployed["fp32"], model.task)
     model.to("cpu")
@@ -264,7 +265,8 @@ def with_deployed(
     device = device or pick_device()
     with _exact_arithmetic():
         few = _few(reference.inputs)
-        values = _run_all(deploy.to(device).run, few, reference.positions, device)
+        with _sketching(deploy.to(device), reference.positions):
+            values = _run_all(deploy.run, few, {}, device)
     deploy.to("cpu")
     deployed = reference.deployed | {recipe: values}
     info = msgspec.structs.replace(reference.info, deployed=tuple(deployed))
@@ -367,7 +369,44 @@ def _pixels(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image).permute(2, 0, 1)[None].float()
 
 
-def _run_all(run, inputs: dict[str, np.ndarray], positions, device: torch.device) -> Values:
+@contextmanager
+def _sketching(deploy: DeployModel, positions: Mapping[str, np.ndarray]) -> Iterator[None]:
+    """Let a deploy model give sketches in the place of taps.
+
+    All taps of a large model are as much memory as its weights. A ConvNet's pyramid reads its own
+    record, so there they are cut afterwards.
+    """
+    run, record = deploy.run, deploy.backbone.record
+
+    def sketch(name: str, value: Tensor) -> Tensor:
+        places = torch.from_numpy(positions[name].astype(np.int64)).to(value.device)
+        return as_rows(name, value).reshape(-1)[places]
+
+    class Sketches(dict[str, Tensor]):
+        def __setitem__(self, name: str, value: Tensor) -> None:
+            super().__setitem__(name, sketch(name, value))
+
+    def run_and_cut(
+        pixels: tuple[Tensor, ...],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        outputs, taps = run(pixels)
+        return outputs, {name: sketch(name, value) for name, value in taps.items()}
+
+    if deploy.blocks:
+        deploy.backbone.record = Sketches()
+    else:
+        deploy.run = run_and_cut  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        deploy.backbone.record = record
+        deploy.__dict__.pop("run", None)
+
+
+def _run_all(
+    run, inputs: dict[str, np.ndarray], positions: Mapping[str, np.ndarray], device: torch.device
+) -> Values:
+    """Run samples; taps that ``positions`` does not name are sketches already."""
     outputs: dict[str, list[np.ndarray]] = {}
     taps: dict[str, list[np.ndarray]] = {}
     for index in range(len(next(iter(inputs.values())))):
@@ -376,8 +415,9 @@ def _run_all(run, inputs: dict[str, np.ndarray], positions, device: torch.device
         for name, value in got.items():
             outputs.setdefault(name, []).append(value[0].cpu().numpy())
         for name, value in inner.items():
-            flat = as_rows(name, value).reshape(-1).cpu().numpy()
-            taps.setdefault(name, []).append(flat[positions[name]])
+            if name in positions:
+                value = as_rows(name, value).reshape(-1)[torch.from_numpy(positions[name]).long()]
+            taps.setdefault(name, []).append(value.cpu().numpy())
         # Taps of a large model fill the memory twice where the next ones come before these go.
         del got, inner
     return Values(

@@ -76,7 +76,7 @@ def check(model: ModelProto) -> None:
 
 def write(model: ModelProto, path: Path) -> None:
     """Write a model, with its large weights in a file of their own if it passes ``LIMIT``."""
-    if model.ByteSize() < LIMIT:
+    if size_of(model) < LIMIT:
         path.write_bytes(model.SerializeToString(deterministic=True))
         return
     light = outline(model)
@@ -93,6 +93,12 @@ def write(model: ModelProto, path: Path) -> None:
             _refer_(light.graph.initializer.add(), tensor, data.name, file.tell())
             file.write(tensor.raw_data)
     path.write_bytes(light.SerializeToString(deterministic=True))
+
+
+def size_of(model: ModelProto) -> int:
+    """Return the bytes of a model as one file; protobuf itself cannot count beyond its 2 GB."""
+    weights = sum(len(t.raw_data) for t in model.graph.initializer if math.prod(t.dims) > _SMALL)
+    return weights + outline(model).ByteSize()
 
 
 def is_external(tensor: TensorProto) -> bool:
