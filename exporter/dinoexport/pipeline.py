@@ -3,8 +3,8 @@
 import math
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -143,6 +143,11 @@ class BuildPlan:
     def bundle_name(self, target: str) -> str:
         """Name of one target's bundle folder."""
         return f"{self.name}-{target}"
+
+    @property
+    def stem(self) -> str:
+        """Name without the recipe."""
+        return "".join(self.name.rsplit(f"-{self.recipe.name}", 1))
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -400,7 +405,7 @@ def _build_one(
     with staged(plan.request.out, bundle_name) as folder:
         artifact = folder / f"{plan.name}{target.suffix}"
         metadata = embedded_metadata(plan, reference.info.checkpoint_sha256)
-        with reporter.step(f"lower to {target.name}"), quiet(log), _stage(target.name, log):
+        with reporter.step(f"lower to {target.name}"), quiet(log), lowering(target.name, log):
             taps = target.lower(program, artifact, options, metadata)
         release()
         check_measured(artifact, plan.request.budget)
@@ -451,22 +456,21 @@ def _build_one(
     )
 
 
-class _stage:  # noqa: N801 (a context manager)
-    """Turn what a converter raises into one line that names the stage and the log."""
+@contextmanager
+def lowering(name: str, log: Path) -> Iterator[None]:
+    """Turn what a converter raises into one line that names the target and the log.
 
-    def __init__(self, name: str, log: Path) -> None:
-        self._name = name
-        self._log = log
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, Exception) or isinstance(error, DinoError | OSError):
-            return
+    Args:
+        name: of the target.
+        log: that receives what the converter says.
+    """
+    try:
+        yield
+    except (DinoError, OSError):
+        raise
+    except Exception as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
-        raise BuildError(
-            f"{self._name}: lowering failed: {reason}. The log has more: {self._log}"
-        ) from error
+        raise BuildError(f"{name}: lowering failed: {reason}. The log has more: {log}") from error
 
 
 def embedded_metadata(plan: BuildPlan, sha256: str) -> dict[str, str]:

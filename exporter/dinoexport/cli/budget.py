@@ -136,13 +136,14 @@ def _show(result: "SearchResult", plan: Any, budget: float, unit: str, json: boo
     """Draw a front into the output folder, and print it."""
     from dinoexport.search.front import draw_front, front_table
 
-    stem = plan.name.removesuffix(f"-{plan.recipe.name}")
-    path = plan.request.out / f"{stem}-{result.target}-front.svg"
-    title = f"{stem} for {result.target}"
-    path.write_bytes(draw_front(result.candidates, budget, unit, result.chosen, title))
+    path = plan.request.out / f"{plan.stem}-{result.target}-front.svg"
+    title = f"{plan.stem} for {result.target}"
+    if result.candidates:
+        path.write_bytes(draw_front(result.candidates, budget, unit, result.chosen, title))
     if json:
         return
-    typer.echo(f"{result.target}: {len(result.candidates)} artifacts on {result.judged_on}; {path}")
+    where = f"; {path}" if result.candidates else ""
+    typer.echo(f"{result.target}: {len(result.candidates)} artifacts on {result.judged_on}{where}")
     for line in front_table(result.candidates, budget, unit, result.chosen):
         typer.echo(line)
     reasons: dict[str, list[str]] = {}
@@ -150,7 +151,9 @@ def _show(result: "SearchResult", plan: Any, budget: float, unit: str, json: boo
         reasons.setdefault(why, []).append(recipe)
     for why, recipes in reasons.items():
         typer.echo(f"    not built: {', '.join(recipes)}: {why}")
-    if result.chosen is None:
+    if not result.candidates:
+        typer.echo("    nothing could be built")
+    elif result.chosen is None:
         least = min(result.candidates, key=lambda c: c.error)
         typer.echo(
             f"    nothing holds {budget:g} {unit}: the least error is {least.error:.3g}, of "

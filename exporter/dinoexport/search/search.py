@@ -21,6 +21,7 @@ from dinoexport.pipeline import (
     BuildPlan,
     embedded_metadata,
     load_model,
+    lowering,
     make_deploy_model,
     plan_build,
     read_pictures,
@@ -142,7 +143,7 @@ class Search:
         with reporter.step(f"run float32 on {len(self.held_out.samples)} held-out samples"):
             self.expected, _ = run_model(self._deploy, self.held_out.samples)
         self._program: CapturedProgram | None = None
-        self._path = plan.request.out / f".search-{self._stem}.json"
+        self._path = plan.request.out / f".search-{self.plan.stem}.json"
         self._state = load_state(self._path, self._key())
 
     def run(self, name: str) -> SearchResult:
@@ -167,10 +168,6 @@ class Search:
             skipped=skipped,
             held_out=self.held_out,
         )
-
-    @property
-    def _stem(self) -> str:
-        return self.plan.name.removesuffix(f"-{self.plan.recipe.name}")
 
     def _keep(self) -> None:
         save_state(self._path, self._state)
@@ -338,12 +335,13 @@ class Search:
             program = self._capture(recipe)
             path = Path(folder) / f"{plan.name}{target.suffix}"
             options = plan.request.lower_options
-            target.lower(program, path, options, embedded_metadata(plan, self.sha256))
+            with lowering(target.name, self.log):
+                target.lower(program, path, options, embedded_metadata(plan, self.sha256))
             runtime = target.runtime(path)
             outputs = self._run(runtime, step.update)
             return Candidate(
                 recipe=recipe.name,
-                size_bytes=_size_of(path),
+                size_bytes=_size_of(Path(folder)),
                 sha256=artifact_digest(path),
                 error=self.task.drop(self.expected, outputs, self.held_out.true),
                 latency_ms=self._time(runtime) if target.timed_here else None,
@@ -378,6 +376,6 @@ def _check_preference(plan: BuildPlan, request: SearchRequest) -> None:
             )
 
 
-def _size_of(path: Path) -> int:
-    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
-    return sum(file.stat().st_size for file in files)
+def _size_of(folder: Path) -> int:
+    """Size of an artifact that has a folder to itself: large ones are several files."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

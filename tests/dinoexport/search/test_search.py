@@ -1,5 +1,6 @@
 """The search on a small checkpoint: what it ships holds the budget, and a second one resumes."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from dinoexport.bundle import artifact_digest, open_bundle
 from dinoexport.cli import app
 from dinoexport.cli.output import run_app
-from dinoexport.pipeline import BuildRequest, BuildResult
+from dinoexport.pipeline import BuildRequest, BuildResult, plan_build
 from dinoexport.search.search import Search
 from dinoexport.targets.onnx import OnnxTarget
 
@@ -115,6 +116,14 @@ def test_a_budget_without_auto_is_refused(tiny_checkpoint, tmp_path, capfd) -> N
     command += ["--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "o")]
     assert run_app(app, command) == 2
     assert "is a budget of --precision auto, and fp16 is asked for" in capfd.readouterr().err
+
+
+def test_a_search_has_the_name_of_its_model_without_a_recipe(tiny_checkpoint, tmp_path) -> None:
+    request = BuildRequest("eyelid", "onnx", tmp_path, tiny_checkpoint)
+    assert plan_build(request).stem == "eyelid-tiny-56"
+    columns = plan_build(dataclasses.replace(request, layout="ane", precision="w8:blocks.1=fp16"))
+    assert columns.name == "eyelid-tiny-56-w8:blocks.1=fp16-ane"
+    assert columns.stem == "eyelid-tiny-56-ane"
 
 
 def test_a_dry_run_searches_nothing(auto, out) -> None:

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from dinoexport.cli.budget import _show
 from dinoexport.console import Reporter
+from dinoexport.errors import BuildError
 from dinoexport.recipes import Recipe, parse_recipe
 from dinoexport.search import search as module
 from dinoexport.search.front import Candidate
@@ -45,7 +47,7 @@ class Handmade(Search):
         return True
 
     def _size(self, recipe: Recipe, measured) -> float:
-        return self.figures[recipe.name][0]
+        return self.figures.get(recipe.name, (400,))[0]
 
     def _drop(self, recipe: Recipe) -> float:
         return self.figures.get(recipe.name, (0, 0, 0.0))[2]
@@ -114,3 +116,20 @@ def test_where_speed_is_asked_for_every_precision_is_built(search) -> None:
 
 def test_the_recipes_proposed_are_names_that_can_be_read() -> None:
     assert all(parse_recipe(name).name == name for name in FIGURES)
+
+
+def test_where_nothing_can_be_built_it_is_said_why(search, capsys, tmp_path, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise BuildError("onnx: the converter failed. See the log.")
+
+    monkeypatch.setattr(Handmade, "_measure", refuse)
+    _, result = search()
+    assert (result.chosen, result.candidates) == (None, ())
+    plan = SimpleNamespace(stem="eyelid-x", request=SimpleNamespace(out=tmp_path))
+    _show(result, plan, 0.1, "mm", False)
+    printed = capsys.readouterr().out
+    # One line for one reason, whatever the number of recipes.
+    assert printed.count("the converter failed") == 1
+    assert "not built: fp16, w4-block32, " in printed
+    assert "nothing could be built" in printed
+    assert list(tmp_path.iterdir()) == []

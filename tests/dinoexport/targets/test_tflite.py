@@ -1,6 +1,7 @@
 """The .tflite file as an app meets it: by its flatbuffer, and in a plain LiteRT interpreter."""
 
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,11 @@ def test_no_operation_that_gpus_refuse(file):
     for bad in ("GATHER_ND", "STABLEHLO_COMPOSITE", "TRANSPOSE_CONV", "WHERE", "ERF", "SELECT_V2"):
         assert bad not in kinds
     assert kinds.count("BROADCAST_TO") <= 1
+
+
+def test_the_recursion_limit_is_what_it_was(file):
+    """With litert-torch's, a nested manifest from outside would end the process."""
+    assert sys.getrecursionlimit() < 10_000
 
 
 def test_products_of_attention_have_four_axes(file):

@@ -1,8 +1,10 @@
 """Captured program → TFLite flatbuffer by litert-torch; where its taps are; its metadata."""
 
 import shutil
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from dinoexport.targets.tflite.attention import widen_products_
 from dinoexport.targets.tflite.graph import Graph, check_size, encode
 from dinoexport.targets.tflite.origins import Origins
 from dinoexport.targets.tflite.runtime import CHANNELS_LAST
+
+RECURSION_LIMIT = 100_000
+"""As litert-torch sets it once it converts."""
 
 
 def lower(program: CapturedProgram) -> bytes:
@@ -44,9 +49,10 @@ def _convert(
         try:
             # Light: the same operators (but for a constant that it folds better) in two thirds of
             # the memory.
-            litert_torch.convert(
-                adaptor, sample_kwargs=program.sample_inputs(), lightweight_conversion=True
-            ).export(str(path))
+            with _deep_recursion():
+                litert_torch.convert(
+                    adaptor, sample_kwargs=program.sample_inputs(), lightweight_conversion=True
+                ).export(str(path))
         except Exception as error:  # the converter raises types of several libraries
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
             raise BuildError(f"tflite: the converter failed: {reason}") from error
@@ -54,6 +60,21 @@ def _convert(
     graph = Graph(content)
     widen_products_(graph)
     return graph
+
+
+@contextmanager
+def _deep_recursion() -> Iterator[None]:
+    """Let the converter copy graphs by recursion, for as long as it works.
+
+    It raises Python's limit for good, and then a deeply nested file from outside, which is read in
+    the same process, would overflow the stack and end it instead of being refused.
+    """
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, RECURSION_LIMIT))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
 
 
 def part_factors_(core: GraphModule) -> None:
