@@ -76,6 +76,8 @@ class Structure(_Frozen, frozen=True, kw_only=True):
     """The structural gate: every tap in exact arithmetic, against torch with the same weights."""
 
     runtime: str
+    samples: int | None = None
+    """That it was judged on; None where it is not said: all of the reference."""
     threshold_db: float
     worst_tap: str
     worst_db: float

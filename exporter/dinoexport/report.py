@@ -15,6 +15,10 @@ def _similarity(verdict: Verdict) -> list[str]:
     ]
 
 
+def _on(samples: int | None) -> str:
+    return "" if samples is None else f"; {samples} of the samples"
+
+
 def render_report(manifest: Manifest) -> str:
     """Render a manifest as Markdown, the same text for the same manifest."""
     verdict = manifest.parity
@@ -46,8 +50,9 @@ def render_report(manifest: Manifest) -> str:
         "",
         "## Taps",
         "",
-        f"Structure ({structure.runtime}): worst {structure.worst_db:g} dB at "
-        f"`{structure.worst_tap}`, at least {structure.threshold_db:g} dB wanted: "
+        f"Structure ({structure.runtime}{_on(structure.samples)}): "
+        f"worst {structure.worst_db:g} dB at `{structure.worst_tap}`, "
+        f"at least {structure.threshold_db:g} dB wanted: "
         f"{'pass' if structure.passed else 'FAIL'}.",
         "",
         *_similarity(verdict),

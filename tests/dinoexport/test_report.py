@@ -13,6 +13,15 @@ def test_the_budget_of_a_search_is_stated(manifest: Manifest) -> None:
     assert "Budget" not in render_report(msgspec.structs.replace(manifest, budget=None))
 
 
+def test_the_samples_of_the_structural_gate_are_said(manifest: Manifest) -> None:
+    assert "2 of the samples" not in render_report(manifest)
+    structure = msgspec.structs.replace(manifest.parity.structure, samples=2)
+    parity = msgspec.structs.replace(manifest.parity, structure=structure)
+    assert "; 2 of the samples): worst" in render_report(
+        msgspec.structs.replace(manifest, parity=parity)
+    )
+
+
 def test_a_budget_that_was_missed_is_said(manifest: Manifest) -> None:
     missed = msgspec.structs.replace(manifest.budget, measured=0.2, passed=False)
     text = render_report(msgspec.structs.replace(manifest, budget=missed))

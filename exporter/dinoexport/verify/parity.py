@@ -89,6 +89,7 @@ def verify_artifact(
     wrong_norms = compare_norms(epsilons, reference.norms(recipe))
     structure = Structure(
         runtime=exact_name,
+        samples=len(reference.few),
         threshold_db=STRUCTURE_DB,
         worst_tap=worst,
         worst_db=tap_parity[worst].structure_db,
