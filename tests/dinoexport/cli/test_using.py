@@ -178,7 +178,7 @@ def test_inspect_passes_in_lines(run, tiny_checkpoint, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--layout", "rows"], "unknown layout 'rows'. Known: ane, tokens."),
+        (["--layout", "rows"], "unknown layout 'rows'. Known: ane, cpu, tokens."),
         (["folder"], "--passes reads a checkpoint (.safetensors)"),
     ],
 )

@@ -22,6 +22,7 @@ from dinoexport.targets.tflite.attention import widen_products_
 from dinoexport.targets.tflite.graph import Graph, check_size, encode
 from dinoexport.targets.tflite.origins import Origins
 from dinoexport.targets.tflite.runtime import CHANNELS_LAST
+from dinoexport.targets.tflite.values import locate_values
 
 RECURSION_LIMIT = 100_000
 """As litert-torch sets it once it converts."""
@@ -121,7 +122,8 @@ def locate_taps(content: bytes, program: CapturedProgram) -> dict[str, str]:
     The converter drops node names, so a debug file is converted from the same graph with the taps
     as outputs. A tap is the first tensor of the shipped file that is computed from the same
     constants by the same operators (see ``Origins``), as it is or as the channels-last form of a
-    map.
+    map. The converter may write other operators where a tap is an output; then it is the first
+    tensor that holds the same bits (see ``locate_values``).
 
     Returns:
         {tap: name of its tensor}, behind ``CHANNELS_LAST`` where it is such a form.
@@ -135,16 +137,25 @@ def locate_taps(content: bytes, program: CapturedProgram) -> dict[str, str]:
     shipped = Graph(content)
     found = Origins(shipped).results()
     ports = debug.ports("outputs")
-    places = {}
+    places: dict[str, tuple[int, bool]] = {}
     for tap in program.tap_nodes:
-        index, mark = found.get(wanted.of(ports[tap])), ""
+        index = found.get(wanted.of(ports[tap]))
         turned = wanted.channels_last(ports[tap]) if index is None else None
-        if turned is not None:
-            index, mark = found.get(turned), CHANNELS_LAST
-        if index is None:
-            raise BuildError(f"tflite: tap {tap} is not in the shipped file")
-        places[tap] = mark + _unique_name(shipped, index)
-    return places
+        if index is not None:
+            places[tap] = (index, False)
+        elif turned in found:
+            places[tap] = (found[turned], True)
+    others = [tap for tap in program.tap_nodes if tap not in places]
+    if others:
+        shapes = {name: tuple(x.shape) for name, x in program.sample_inputs().items()}
+        places |= locate_values(content, debug.encode(), others, shapes)
+    lost = next((tap for tap in program.tap_nodes if tap not in places), None)
+    if lost is not None:
+        raise BuildError(f"tflite: tap {lost} is not in the shipped file")
+    return {
+        tap: (CHANNELS_LAST if last else "") + _unique_name(shipped, index)
+        for tap, (index, last) in ((tap, places[tap]) for tap in program.tap_nodes)
+    }
 
 
 def _unique_name(graph: Graph, index: int) -> str:
