@@ -25,9 +25,8 @@ class OnnxTarget(Target):
         "fp32": "everywhere",
         "fp16": "everywhere; faster on GPUs and NPUs, not on CPUs",
         "w8": "everywhere; a quarter of fp32's size at its speed: weights are unpacked on loading",
-        "w8a8": "CPUs; 0.44 of fp32's time (ViT-S at 224, one thread, host), 0.62 at 518",
-        "w8a8-dynamic": "CPUs; 0.44 of fp32's time (ViT-S at 224, one thread, host), 0.54 at 518, "
-        "there with onnxruntime's own MultiHeadAttention",
+        "w8a8": "CPUs; 0.44 of fp32's time (ViT-S at 224, one thread, host), 0.56 at 518",
+        "w8a8-dynamic": "CPUs; 0.43 of fp32's time (ViT-S at 224, one thread, host), 0.55 at 518",
         "w8a16": "everywhere, opset 21; no faster than fp32 on a CPU, no accelerator was tried",
         "w4-block32": "everywhere; a seventh of fp32's size at its speed: weights are unpacked on "
         "loading",

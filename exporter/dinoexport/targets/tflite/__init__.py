@@ -20,7 +20,7 @@ class TfliteTarget(Target):
         "fp16": "everywhere; weights are stored in half, arithmetic is float32 on CPUs",
         "w8": "everywhere; small, and as fast as fp32: weights are unpacked while it loads",
         "w8a8-dynamic": "CPUs: 0.40 of fp32's time (ViT-S at 224, one thread, host; 0.62 at 518)",
-        "w8a8": "CPUs: 0.38 of fp32's time (ViT-S at 224, one thread, host; 0.60 at 518)",
+        "w8a8": "CPUs: 0.39 of fp32's time (ViT-S at 224, one thread, host; 0.61 at 518)",
         "w8a16": "CPUs, without XNNPACK: 23 times fp32's time; for comparison only",
         "w4-block32": "CPUs: 0.54 of fp32's time; linear layers round their inputs to 8 bits too",
     }
