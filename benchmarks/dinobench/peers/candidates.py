@@ -32,22 +32,20 @@ CLASSIFY_INPUT = "image"
 OUR_PRECISIONS = ("fp32", "w8a8", "w8a8-dynamic")
 OUR_TARGETS: dict[str, Runtime] = {"onnx": "onnxruntime", "tflite": "litert"}
 
-ROOFLINE = Candidate(
-    name="gemm",
-    family="roofline",
-    runtime="onnxruntime",
-    pixels="normalised",
-    file="gemm.onnx",
-    what="the model's matrix products alone, float32",
-)
-INTEGER_ROOFLINE = Candidate(
-    name="gemm-int8",
-    family="roofline",
-    runtime="onnxruntime",
-    pixels="normalised",
-    file="gemm-int8.onnx",
-    what="linear layers' products in int8, attention's in float32",
-)
+
+def _roofline(name: str, what: str) -> Candidate:
+    return Candidate(
+        name=name,
+        family="roofline",
+        runtime="onnxruntime",
+        pixels="normalised",
+        file=f"{name}.onnx",
+        what=what,
+    )
+
+
+ROOFLINE = _roofline("gemm", "the model's matrix products alone, float32")
+INTEGER_ROOFLINE = _roofline("gemm-int8", "linear layers' products in int8, attention's in float32")
 
 
 def our_candidate(target: str, precision: str, layout: str = "tokens") -> Candidate:

@@ -73,8 +73,6 @@ def gemm_model(shape: ViTShape, size: int) -> "ModelProto":
 
     Between the products stand reshapes alone, which move nothing.
     """
-    from onnx import TensorProto, helper
-
     chain = _Chain()
     patches, width, head = shape.patches(size), shape.width, shape.width // shape.heads
     tokens, pixels = 1 + patches, shape.channels * shape.patch**2
@@ -96,18 +94,7 @@ def gemm_model(shape: ViTShape, size: int) -> "ModelProto":
         x = chain.matmul(attended, chain.weight((width, width), shrink=(head * tokens) ** 0.5))
         x = chain.matmul(x, chain.weight((width, shape.hidden)))
         x = chain.matmul(x, chain.weight((shape.hidden, width)))
-    graph = helper.make_graph(
-        chain.nodes,
-        "products",
-        [
-            helper.make_tensor_value_info(
-                "image", TensorProto.FLOAT, (1, shape.channels, size, size)
-            )
-        ],
-        [helper.make_tensor_value_info(x, TensorProto.FLOAT, (tokens, width))],
-        chain.initializers,
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return chain.model((1, shape.channels, size, size), x, (tokens, width))
 
 
 def integer_model(shape: ViTShape, size: int) -> "ModelProto":
@@ -117,8 +104,6 @@ def integer_model(shape: ViTShape, size: int) -> "ModelProto":
     products are float32. None waits for another, and nothing is rounded between them, so no model
     of these products can pass it on these kernels.
     """
-    from onnx import TensorProto, helper
-
     chain = _Chain()
     tokens, head = 1 + shape.patches(size), shape.width // shape.heads
     flat = chain.reshape("image", (shape.channels * size * size,))
@@ -144,18 +129,7 @@ def integer_model(shape: ViTShape, size: int) -> "ModelProto":
             for _ in range(product.count):
                 ones.append(chain.integer_matmul(codes[inner], (inner, columns)))
     result = chain.concat(*(chain.corner(value) for value in ones), axis=0)
-    graph = helper.make_graph(
-        chain.nodes,
-        "products",
-        [
-            helper.make_tensor_value_info(
-                "image", TensorProto.FLOAT, (1, shape.channels, size, size)
-            )
-        ],
-        [helper.make_tensor_value_info(result, TensorProto.FLOAT, (len(ones),))],
-        chain.initializers,
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return chain.model((1, shape.channels, size, size), result, (len(ones),))
 
 
 class _Chain:
@@ -165,6 +139,20 @@ class _Chain:
         self.nodes: list[NodeProto] = []
         self.initializers: list[TensorProto] = []
         self._rng = np.random.default_rng(SEED)
+
+    def model(self, image: tuple[int, ...], output: str, shape: tuple[int, ...]) -> "ModelProto":
+        """Return what was written, from ``image`` to one value; both float32, of these shapes."""
+        from onnx import TensorProto, helper
+
+        graph = helper.make_graph(
+            self.nodes,
+            "products",
+            [helper.make_tensor_value_info("image", TensorProto.FLOAT, image)],
+            [helper.make_tensor_value_info(output, TensorProto.FLOAT, shape)],
+            self.initializers,
+        )
+        opsets = [helper.make_opsetid("", 20)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
     def weight(self, shape: tuple[int, int], shrink: float = 1.0) -> str:
         """A random matrix that keeps the spread of what it multiplies."""
