@@ -1,12 +1,14 @@
 """Tensors of two TFLite files that are computed alike, and faults that must not pass for that."""
 
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dinoexport.bundle import open_bundle
 from dinoexport.errors import BuildError
@@ -32,9 +34,11 @@ def write(graph: Graph, index: int, values: np.ndarray) -> None:
     buffer.data = np.frombuffer(np.ascontiguousarray(values).tobytes(), np.uint8)
 
 
-def changed_weight(graph: Graph, operator: Any) -> None:
+def changed_weight(graph: Graph, operator: Any, step: float = 0.0) -> None:
+    """By a step, or by the least that there is."""
     values = np.array(graph.constant(operator.inputs[1]))
-    values.reshape(-1)[-1] = np.nextafter(values.reshape(-1)[-1], np.inf)
+    flat = values.reshape(-1)
+    flat[-1] = flat[-1] + step if step else np.nextafter(flat[-1], np.inf)
     write(graph, operator.inputs[1], values)
 
 
@@ -95,24 +99,34 @@ def _copy(operator: Any, inputs: list[int], outputs: list[int]) -> Any:
 # --- locating taps -------------------------------------------------------------------------------
 
 
-class Debug:
-    """A graph whose outputs are said to be taps."""
+def with_taps(graph: Graph, taps: dict[str, int]) -> Graph:
+    """Return a graph with taps as its outputs, as a debug file has them."""
+    signature = graph._model.signatureDefs[0]
+    ports = [copy(signature.outputs[0]) for _ in taps]
+    for port, (name, index) in zip(ports, taps.items(), strict=True):
+        port.name, port.tensorIndex = name.encode(), index
+    signature.outputs = ports
+    graph._graph.outputs = [*taps.values()]
+    return graph
 
-    def __init__(self, graph: Graph, taps: dict[str, int]) -> None:
-        self.graph = graph
-        graph.ports = lambda side: taps if side == "outputs" else Graph.ports(graph, side)  # type: ignore[method-assign]
 
-    def locate(self, monkeypatch: pytest.MonkeyPatch, content: bytes) -> dict[str, str]:
-        names = dict.fromkeys(self.graph.ports("outputs"), "")
-        program: Any = SimpleNamespace(output_names=(), tap_nodes=names, debug_program=None)
-        monkeypatch.setattr(lower, "_convert", lambda *_: self.graph)
-        return lower.locate_taps(content, program)
+def locate(monkeypatch: pytest.MonkeyPatch, debug: Graph, content: bytes) -> dict[str, str]:
+    """Locate the outputs of a debug file in another."""
+    images = {n: torch.zeros(debug.shape(i)) for n, i in debug.ports("inputs").items()}
+    program: Any = SimpleNamespace(
+        output_names=(),
+        tap_nodes=dict.fromkeys(debug.ports("outputs"), ""),
+        debug_program=None,
+        sample_inputs=lambda: images,
+    )
+    monkeypatch.setattr(lower, "_convert", lambda *_: debug)
+    return lower.locate_taps(content, program)
 
 
 def test_a_tap_is_found_by_what_it_is_computed_from(path: Path, monkeypatch) -> None:
     graph = Graph(path.read_bytes())
     wanted = layers(graph)[1].outputs[0]
-    found = Debug(graph, {"tap": wanted}).locate(monkeypatch, path.read_bytes())
+    found = locate(monkeypatch, with_taps(graph, {"tap": wanted}), path.read_bytes())
     # A RESHAPE before it may hold the same values and come first.
     assert found["tap"].removeprefix(CHANNELS_LAST) == graph.name(wanted)
 
@@ -120,10 +134,11 @@ def test_a_tap_is_found_by_what_it_is_computed_from(path: Path, monkeypatch) -> 
 def test_a_tap_that_is_absent_is_told(path: Path, monkeypatch) -> None:
     graph = Graph(path.read_bytes())
     operator = layers(graph)[1]
-    changed_weight(graph, operator)
-    debug = Debug(graph, {"lost": operator.outputs[0]})
+    # A step that no rounding hides: digests and values must both miss it.
+    changed_weight(graph, operator, step=1.0)
+    debug = with_taps(graph, {"lost": operator.outputs[0]})
     with pytest.raises(BuildError, match="tap lost is not in the shipped file"):
-        debug.locate(monkeypatch, path.read_bytes())
+        locate(monkeypatch, debug, path.read_bytes())
 
 
 def test_a_name_that_two_tensors_have_locates_nothing(path: Path, monkeypatch) -> None:
@@ -132,7 +147,7 @@ def test_a_name_that_two_tensors_have_locates_nothing(path: Path, monkeypatch) -
     other = layers(shipped)[2].outputs[0]
     shipped.tensor(other).name = shipped.tensor(index).name
     with pytest.raises(BuildError, match="is not unique"):
-        Debug(graph, {"tap": index}).locate(monkeypatch, shipped.encode())
+        locate(monkeypatch, with_taps(graph, {"tap": index}), shipped.encode())
 
 
 def test_files_above_two_gigabytes_are_refused() -> None:
