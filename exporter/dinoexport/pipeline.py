@@ -413,6 +413,7 @@ def _build_one(
             verdict = verify_artifact(
                 target, artifact, taps, plan.recipe, reference, task, step.update
             )
+        release()
         (folder / REFERENCE).write_bytes(encode_reference(reference))
         if calibration is not None:
             write_record(folder, record_calibration(calibration, plan.recipe.name, program.layers))

@@ -20,6 +20,7 @@ from dinoexport.manifest import (
     TapParity,
     Verdict,
 )
+from dinoexport.memory import release
 from dinoexport.recipes import Activations, Precision, Recipe, parse_recipe
 from dinoexport.targets.base import Runtime, Target
 from dinoexport.verify.blame import blame_outputs, blame_similarity, blame_structure
@@ -143,6 +144,7 @@ def _run_shipped(
         What ran it; outputs of every sample; outputs and taps of ``tapped``.
     """
     precise = run_samples(target.runtime(path, taps), reference, tick, tapped)
+    release()
     _check_names(precise.outputs, reference.exact.outputs, "output", path)
     runtime = target.runtime(path)
     every = list(range(reference.samples))
@@ -183,6 +185,7 @@ def _run_exact(
     """
     name, found = "", Values({}, {})
     for open_runtime in target.exact_runtimes(path, taps):
+        release()
         runtime = open_runtime()
         name, found = runtime.name, run_samples(runtime, reference, tick, reference.few)
         _check_names(found.taps, wanted.taps, "tap", path)
@@ -190,6 +193,7 @@ def _run_exact(
         outputs = judge_outputs(found, wanted, task, parse_recipe("fp32"))
         if least >= STRUCTURE_DB and all(output.passed for output in outputs.values()):
             break
+        del runtime
     return name, found
 
 

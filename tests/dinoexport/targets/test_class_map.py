@@ -24,7 +24,7 @@ from dinoexport.targets.coreml.evaluator import PackageEvaluator
 from dinoexport.targets.ports import check_outputs
 from dinoexport.targets.table import get_target
 from dinoexport.targets.tflite.lower import lower as lower_tflite
-from dinoexport.targets.tflite.quantize import store_layers
+from dinoexport.targets.tflite.quantize import store_layers_
 from dinoexport.verify.metrics import sqnr_db
 from dinoexport.verify.parity import STRUCTURE_DB
 from dinotrain.decoders import ClassMapDecoder
@@ -138,8 +138,10 @@ def build(make: Callable[[], nn.Module], target: str, precision: str, folder: Pa
     program = capture(stored, precision)
     if target == "tflite":
         # Without the second conversion that only locates taps.
-        content = lower_tflite(program)
-        path.write_bytes(store_layers(content, program) if precision == "fp16" else content)
+        graph = lower_tflite(program)
+        if precision == "fp16":
+            store_layers_(graph, program)
+        graph.save(path)
     else:
         get_target(target).lower(program, path, LowerOptions(), {"name": "t"})
     return Build(path, make(), stored, target)

@@ -12,7 +12,7 @@ from dinoexport.quantize.pictures import read_calibration_set
 from dinoexport.quantize.prepare import prepare_
 from dinoexport.recipes import parse_recipe
 from dinoexport.targets.tflite.lower import lower, part_factors_
-from dinoexport.targets.tflite.quantize import store_layers
+from dinoexport.targets.tflite.quantize import store_layers_
 from dinotrain.checkpoint import load_checkpoint
 from dinotrain.tasks import get_task
 
@@ -45,11 +45,10 @@ def test_factors_stand_behind_norms_without_a_bias() -> None:
 
 @pytest.mark.e2e
 def test_a_smoothed_model_ships_its_own_codes(tiny_checkpoint) -> None:
-    """Without the change above, ``store_layers`` refuses: the converter changed the weights."""
+    """Without the change above, ``store_layers_`` refuses: the converter changed the weights."""
     deploy = build_deploy_model(load_checkpoint(tiny_checkpoint)[0])
     pictures = read_calibration_set(get_task("eyelid"), (56, 56), count=8)
     recipe = parse_recipe("w8a8:smooth")
     layers = prepare_(deploy, recipe, calibrate(deploy, pictures))
     program = capture_deploy(deploy, recipe, layers)
-    content = lower(program)
-    assert store_layers(content, program)
+    store_layers_(lower(program), program)

@@ -24,8 +24,10 @@ from dinoexport.quantize.pictures import read_calibration_set
 from dinoexport.quantize.prepare import prepare_
 from dinoexport.recipes import PRECISIONS, Precision, Recipe, parse_recipe
 from dinoexport.targets.table import get_target
-from dinoexport.targets.tflite.lower import embed_metadata, locate_taps, lower
-from dinoexport.targets.tflite.quantize import store_layers
+from dinoexport.targets.tflite.graph import Graph
+from dinoexport.targets.tflite.lower import lower
+from dinoexport.targets.tflite.quantize import store_layers_
+from dinoexport.targets.tflite.taps import debug_file
 from dinoexport.verify.metrics import max_error, sqnr_db
 from dinoexport.verify.parity import STRUCTURE_DB, budget_of, run_samples
 from dinoexport.verify.reference import Reference, make_reference, with_deployed
@@ -74,9 +76,18 @@ def prepare(model: TaskModel, recipe: Recipe, locate: bool) -> Prepared:
     layers = prepare_(deploy, recipe, calibration)
     reference = with_deployed(reference, recipe.name, deploy, torch.device("cpu"))
     program = capture_deploy(deploy, recipe, layers)
-    content = lower(program)
-    taps = locate_taps(content, program) if locate else {}
-    return Prepared(program, embed_metadata(content, {"name": "n", "t": "u"}), taps, reference)
+    graph = lower(program)
+    with debug_file(program if locate else dataclasses.replace(program, tap_nodes={})) as debug:
+        taps = debug.locate(graph)
+    graph.add_metadata({"name": "n", "t": "u"})
+    return Prepared(program, graph.encode(), taps, reference)
+
+
+def store(prepared: Prepared, program: CapturedProgram, path: Path) -> None:
+    """Write the prepared file with the numbers of a recipe."""
+    graph = Graph(prepared.content)
+    store_layers_(graph, program)
+    graph.save(path)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +103,7 @@ def file(prepared: Prepared, tmp_path_factory) -> Callable[[str], Path]:
     def path(recipe: str) -> Path:
         place = folder / f"{recipe}.tflite"
         if not place.exists():
-            place.write_bytes(store_layers(prepared.content, prepared.of(recipe)))
+            store(prepared, prepared.of(recipe), place)
         return place
 
     return path
@@ -411,7 +422,7 @@ def mixture(tiny_checkpoint: Path, tmp_path_factory) -> tuple[Prepared, Path]:
     model, _ = load_checkpoint(tiny_checkpoint)
     found = prepare(model, parse_recipe(MIXTURE), locate=False)
     path = tmp_path_factory.mktemp("mixture") / "mixture.tflite"
-    path.write_bytes(store_layers(found.content, found.program))
+    store(found, found.program, path)
     return found, path
 
 

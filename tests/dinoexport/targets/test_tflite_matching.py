@@ -16,7 +16,7 @@ from dinoexport.recipes import PRECISIONS, parse_recipe
 from dinoexport.targets.table import get_target
 from dinoexport.targets.tflite.graph import Graph
 from dinoexport.targets.tflite.lower import lower
-from dinoexport.targets.tflite.quantize import _match, store_layers
+from dinoexport.targets.tflite.quantize import _match, store_layers_
 from dinoexport.verify.metrics import sqnr_db
 
 pytestmark = pytest.mark.e2e
@@ -68,7 +68,7 @@ def with_precisions(program: CapturedProgram, names: dict[str, str]) -> Captured
 @pytest.fixture(scope="module")
 def eight() -> tuple[Net, CapturedProgram, bytes]:
     net, program = captured("w8")
-    return net, program, lower(program)
+    return net, program, lower(program).encode()
 
 
 def run(path: Path, image: np.ndarray, exact: bool) -> np.ndarray:
@@ -79,7 +79,9 @@ def run(path: Path, image: np.ndarray, exact: bool) -> np.ndarray:
 def test_convolutions_of_every_kind_have_their_numbers(eight, tmp_path, exact):
     net, program, content = eight
     path = tmp_path / "net.tflite"
-    path.write_bytes(store_layers(content, program))
+    graph = Graph(content)
+    store_layers_(graph, program)
+    graph.save(path)
     image = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
     (wanted,) = net(torch.from_numpy(image).permute(2, 0, 1)[None].float())
     # Float arithmetic in another order: 130 dB and more, a wrong scale leaves 30.

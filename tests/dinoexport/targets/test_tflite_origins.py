@@ -12,7 +12,7 @@ import torch
 
 from dinoexport.bundle import open_bundle
 from dinoexport.errors import BuildError
-from dinoexport.targets.tflite import lower
+from dinoexport.targets.tflite import taps
 from dinoexport.targets.tflite.graph import MAX_BYTES, Graph, Kind, check_size
 from dinoexport.targets.tflite.origins import Origins
 from dinoexport.targets.tflite.runtime import CHANNELS_LAST, TfliteRuntime
@@ -85,8 +85,8 @@ def test_tensors_of_one_origin_hold_the_same_bits(path: Path, eyes) -> None:
     names = {"first": graph.name(index), "twin": "twin"}
     changed = path.parent.parent / "twins.tflite"
     changed.write_bytes(graph.encode())
-    taps = TfliteRuntime(changed, names).run(eyes[0]).taps
-    assert np.array_equal(taps["first"], taps["twin"])
+    found = TfliteRuntime(changed, names).run(eyes[0]).taps
+    assert np.array_equal(found["first"], found["twin"])
 
 
 def _copy(operator: Any, inputs: list[int], outputs: list[int]) -> Any:
@@ -99,28 +99,25 @@ def _copy(operator: Any, inputs: list[int], outputs: list[int]) -> Any:
 # --- locating taps -------------------------------------------------------------------------------
 
 
-def with_taps(graph: Graph, taps: dict[str, int]) -> Graph:
+def with_taps(graph: Graph, places: dict[str, int]) -> Graph:
     """Return a graph with taps as its outputs, as a debug file has them."""
     signature = graph._model.signatureDefs[0]
-    ports = [copy(signature.outputs[0]) for _ in taps]
-    for port, (name, index) in zip(ports, taps.items(), strict=True):
+    ports = [copy(signature.outputs[0]) for _ in places]
+    for port, (name, index) in zip(ports, places.items(), strict=True):
         port.name, port.tensorIndex = name.encode(), index
     signature.outputs = ports
-    graph._graph.outputs = [*taps.values()]
+    graph._graph.outputs = [*places.values()]
     return graph
 
 
 def locate(monkeypatch: pytest.MonkeyPatch, debug: Graph, content: bytes) -> dict[str, str]:
     """Locate the outputs of a debug file in another."""
     images = {n: torch.zeros(debug.shape(i)) for n, i in debug.ports("inputs").items()}
-    program: Any = SimpleNamespace(
-        output_names=(),
-        tap_nodes=dict.fromkeys(debug.ports("outputs"), ""),
-        debug_program=None,
-        sample_inputs=lambda: images,
-    )
-    monkeypatch.setattr(lower, "_convert", lambda *_: debug)
-    return lower.locate_taps(content, program)
+    names = dict.fromkeys(debug.ports("outputs"), "")
+    program: Any = SimpleNamespace(tap_nodes=names, sample_inputs=lambda: images)
+    monkeypatch.setattr(taps, "lower_with_taps", lambda _: debug)
+    with taps.debug_file(program) as file:
+        return file.locate(Graph(content))
 
 
 def test_a_tap_is_found_by_what_it_is_computed_from(path: Path, monkeypatch) -> None:

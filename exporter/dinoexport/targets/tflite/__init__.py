@@ -33,17 +33,19 @@ class TfliteTarget(Target):
         metadata: Mapping[str, str],
     ) -> dict[str, str]:
         """Write a .tflite file."""
-        from dinoexport.targets.tflite.lower import embed_metadata, locate_taps, lower
-        from dinoexport.targets.tflite.quantize import store_layers
+        from dinoexport.targets.tflite.lower import lower
+        from dinoexport.targets.tflite.quantize import store_layers_
+        from dinoexport.targets.tflite.taps import debug_file
 
-        content = lower(program)
-        release()
-        taps = locate_taps(content, program) if program.tap_nodes else {}
-        release()
+        with debug_file(program) as debug:
+            release()
+            graph = lower(program)
+            release()
+            taps = debug.locate(graph)
         if program.recipe.name != "fp32":
-            content = store_layers(content, program)
-        content = embed_metadata(content, metadata)
-        path.write_bytes(content)
+            store_layers_(graph, program)
+        graph.add_metadata(metadata)
+        graph.save(path)
         return taps
 
     def runtime(

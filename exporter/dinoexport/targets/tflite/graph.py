@@ -1,6 +1,7 @@
 """A TFLite file as objects that can be changed: quantising and the exact form both rewrite it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flatbuffers
@@ -155,11 +156,43 @@ class Graph:
         ]
         self._graph.outputs = [*map(int, self._graph.outputs), *more]
 
+    def add_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Add each pair as a metadata buffer of its own."""
+        self._model.metadata = list(self._model.metadata or [])
+        for key, value in sorted(metadata.items()):
+            buffer: Any = schema.BufferT()
+            buffer.data = np.frombuffer(value.encode(), dtype=np.uint8)
+            entry = schema.MetadataT()
+            entry.name = key
+            entry.buffer = len(self._model.buffers)
+            self._model.buffers.append(buffer)
+            self._model.metadata.append(entry)
+        self._model.description = f"dinoexport {metadata.get('name', '')}".strip()
+
     def encode(self) -> bytes:
-        """Return the file, without tensors and numbers that nothing reads."""
-        self._graph.operators = self.operators
-        self._drop_unread_()
-        return encode(self._model)
+        """Return the file, see ``drop_unread_``.
+
+        Raises:
+            BuildError: it passes the 2 GB of a flatbuffer.
+        """
+        return bytes(self._pack())
+
+    def save(self, path: Path) -> None:
+        """Write the file, as ``encode`` gives it and without that copy.
+
+        Raises:
+            BuildError: it passes the 2 GB of a flatbuffer.
+        """
+        path.write_bytes(self._pack())
+
+    def _pack(self) -> memoryview:
+        self.drop_unread_()
+        held = sum(len(b.data) for b in self._model.buffers if b.data is not None)
+        check_size(held)
+        # All at once: a builder that grows by doubling holds a large file three times.
+        builder = flatbuffers.Builder(held + 64 * len(self._model.buffers) + 2**20)
+        builder.Finish(self._model.Pack(builder), file_identifier=IDENTIFIER)
+        return memoryview(builder.Bytes)[builder.Head() :]
 
     def _code(self, kind: int, version: int) -> int:
         codes = self._model.operatorCodes
@@ -173,7 +206,9 @@ class Graph:
         codes.append(code)
         return len(codes) - 1
 
-    def _drop_unread_(self) -> None:
+    def drop_unread_(self) -> None:
+        """Drop tensors and numbers that nothing reads, and number the others anew."""
+        self._graph.operators = self.operators
         ports = [int(i) for i in (*self._graph.inputs, *self._graph.outputs)]
         ends = [i for o in self.operators for i in (*o.inputs, *o.outputs) if i >= 0]
         blocks = {i: d for i in ends if (d := _blocks(self.tensor(i))) is not None}
@@ -200,20 +235,6 @@ class Graph:
         self._model.buffers = [buffers[old] for old in place]
         for reader in readers:
             reader.buffer = place[reader.buffer]
-
-
-def encode(model: Any) -> bytes:
-    """Return a model's objects as a file.
-
-    Raises:
-        BuildError: it passes the 2 GB of a flatbuffer.
-    """
-    held = sum(len(b.data) for b in model.buffers if b.data is not None)
-    check_size(held)
-    # All at once: a builder that grows by doubling holds a large file three times.
-    builder = flatbuffers.Builder(held + 64 * len(model.buffers) + 2**20)
-    builder.Finish(model.Pack(builder), file_identifier=IDENTIFIER)
-    return bytes(memoryview(builder.Bytes)[builder.Head() :])
 
 
 def check_size(size_bytes: int) -> None:

@@ -1,17 +1,14 @@
-"""Captured program → TFLite flatbuffer by litert-torch; where its taps are; its metadata."""
+"""Captured program → TFLite flatbuffer by litert-torch."""
 
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import litert_torch
-import numpy as np
 import torch
-from ai_edge_litert import schema_py_generated as schema
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
@@ -19,23 +16,29 @@ from dinoexport.errors import BuildError
 from dinoexport.graph.capture import CapturedProgram
 from dinoexport.targets.adaptor import NhwcAdaptor
 from dinoexport.targets.tflite.attention import widen_products_
-from dinoexport.targets.tflite.graph import Graph, check_size, encode
-from dinoexport.targets.tflite.origins import Origins
-from dinoexport.targets.tflite.runtime import CHANNELS_LAST
-from dinoexport.targets.tflite.values import locate_values
+from dinoexport.targets.tflite.graph import Graph, check_size
 
 RECURSION_LIMIT = 100_000
 """As litert-torch sets it once it converts."""
 
 
-def lower(program: CapturedProgram) -> bytes:
+def lower(program: CapturedProgram) -> Graph:
     """Convert the captured program behind a uint8 NHWC adaptor.
 
     Raises:
         BuildError: the converter cannot express an operation, the file passes 2 GB, or the
             temporary folder is too small.
     """
-    return _convert(program, program.program, program.output_names).encode()
+    return _convert(program, program.program, program.output_names)
+
+
+def lower_with_taps(program: CapturedProgram) -> Graph:
+    """Convert the same graph with its taps as further outputs.
+
+    Raises:
+        BuildError: see ``lower``.
+    """
+    return _convert(program, program.debug_program, (*program.output_names, *program.tap_nodes))
 
 
 def _convert(
@@ -114,69 +117,3 @@ def _check_space(folder: Path, exported: ExportedProgram) -> None:
 def _bytes_of(exported: ExportedProgram) -> int:
     """Bytes of a program's weights as the converter writes them, in float32."""
     return sum(4 * tensor.numel() for tensor in exported.state_dict.values())
-
-
-def locate_taps(content: bytes, program: CapturedProgram) -> dict[str, str]:
-    """Find each tap's tensor in the file that ships.
-
-    The converter drops node names, so a debug file is converted from the same graph with the taps
-    as outputs. A tap is the first tensor of the shipped file that is computed from the same
-    constants by the same operators (see ``Origins``), as it is or as the channels-last form of a
-    map. The converter may write other operators where a tap is an output; then it is the first
-    tensor that holds the same bits (see ``locate_values``).
-
-    Returns:
-        {tap: name of its tensor}, behind ``CHANNELS_LAST`` where it is such a form.
-
-    Raises:
-        BuildError: a tap cannot be found so, or its tensor's name is not unique.
-    """
-    names = (*program.output_names, *program.tap_nodes)
-    debug = _convert(program, program.debug_program, names)
-    wanted = Origins(debug)
-    shipped = Graph(content)
-    found = Origins(shipped).results()
-    ports = debug.ports("outputs")
-    places: dict[str, tuple[int, bool]] = {}
-    for tap in program.tap_nodes:
-        index = found.get(wanted.of(ports[tap]))
-        turned = wanted.channels_last(ports[tap]) if index is None else None
-        if index is not None:
-            places[tap] = (index, False)
-        elif turned in found:
-            places[tap] = (found[turned], True)
-    others = [tap for tap in program.tap_nodes if tap not in places]
-    if others:
-        shapes = {name: tuple(x.shape) for name, x in program.sample_inputs().items()}
-        places |= locate_values(content, debug.encode(), others, shapes)
-    lost = next((tap for tap in program.tap_nodes if tap not in places), None)
-    if lost is not None:
-        raise BuildError(f"tflite: tap {lost} is not in the shipped file")
-    return {
-        tap: (CHANNELS_LAST if last else "") + _unique_name(shipped, index)
-        for tap, (index, last) in ((tap, places[tap]) for tap in program.tap_nodes)
-    }
-
-
-def _unique_name(graph: Graph, index: int) -> str:
-    """Return a tensor's name, which stays the same when the file is quantised."""
-    name = graph.name(index)
-    if graph.names().count(name) != 1:
-        raise BuildError(f"tflite: tensor name {name} is not unique, so it locates no tap")
-    return name
-
-
-def embed_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
-    """Add each pair as a metadata buffer of its own."""
-    model: Any = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
-    model.metadata = list(model.metadata or [])
-    for key, value in sorted(metadata.items()):
-        buffer: Any = schema.BufferT()
-        buffer.data = np.frombuffer(value.encode(), dtype=np.uint8)
-        entry = schema.MetadataT()
-        entry.name = key
-        entry.buffer = len(model.buffers)
-        model.buffers.append(buffer)
-        model.metadata.append(entry)
-    model.description = f"dinoexport {metadata.get('name', '')}".strip()
-    return encode(model)

@@ -36,8 +36,8 @@ _LARGE = 4096
 _CODES = {Activations.INT8: (Type.INT8, 127), Activations.INT16: (Type.INT16, 32767)}
 
 
-def store_layers(content: bytes, program: CapturedProgram) -> bytes:
-    """Return the same model with the weights of its layers as the recipe stores them.
+def store_layers_(graph: Graph, program: CapturedProgram) -> None:
+    """Make a graph hold the weights of its layers as the recipe stores them, in place.
 
     Float weights, and large constants, that half precision holds exactly are stored in it.
 
@@ -45,7 +45,6 @@ def store_layers(content: bytes, program: CapturedProgram) -> bytes:
         BuildError: the converter changed a layer's weights, so that its codes do not fit them; or
             layers of equal weights are to ship differently and cannot be told apart.
     """
-    graph = Graph(content)
     layers = _match(graph, program)
     writer = _Writer(graph)
     for index, operator in enumerate(graph.operators):
@@ -57,7 +56,6 @@ def store_layers(content: bytes, program: CapturedProgram) -> bytes:
         else:
             writer.write_layer(operator, layer, layer.stored)
     graph.operators = writer.operators
-    return graph.encode()
 
 
 def _match(graph: Graph, program: CapturedProgram) -> dict[int, Layer]:
