@@ -194,6 +194,7 @@ def _run_exact(
         if least >= STRUCTURE_DB and all(output.passed for output in outputs.values()):
             break
         del runtime
+    release()
     return name, found
 
 

@@ -29,41 +29,46 @@ def lower(program: CapturedProgram) -> Graph:
         BuildError: the converter cannot express an operation, the file passes 2 GB, or the
             temporary folder is too small.
     """
-    return _convert(program, program.program, program.output_names)
+    with tempfile.TemporaryDirectory(prefix="dinoexport-") as folder:
+        path = Path(folder) / "model.tflite"
+        _convert(program, program.program, program.output_names, path)
+        return read_graph(path)
 
 
-def lower_with_taps(program: CapturedProgram) -> Graph:
-    """Convert the same graph with its taps as further outputs.
+def write_debug_file(program: CapturedProgram, path: Path) -> None:
+    """Convert the same graph with its taps as further outputs, for ``read_graph``.
 
     Raises:
         BuildError: see ``lower``.
     """
-    return _convert(program, program.debug_program, (*program.output_names, *program.tap_nodes))
+    names = (*program.output_names, *program.tap_nodes)
+    _convert(program, program.debug_program, names, path)
+
+
+def read_graph(path: Path) -> Graph:
+    """Read a file of the converter, and write its products as they ship."""
+    graph = Graph(path.read_bytes())
+    widen_products_(graph)
+    return graph
 
 
 def _convert(
-    program: CapturedProgram, exported: ExportedProgram, output_names: tuple[str, ...]
-) -> Graph:
-    with tempfile.TemporaryDirectory(prefix="dinoexport-") as folder:
-        path = Path(folder) / "model.tflite"
-        _check_space(Path(folder), exported)
-        check_size(_bytes_of(exported))
-        adaptor = NhwcAdaptor(exported, program.input_names, output_names)
-        part_factors_(adaptor.core)
-        try:
-            # Light: the same operators (but for a constant that it folds better) in two thirds of
-            # the memory.
-            with _deep_recursion():
-                litert_torch.convert(
-                    adaptor, sample_kwargs=program.sample_inputs(), lightweight_conversion=True
-                ).export(str(path))
-        except Exception as error:  # the converter raises types of several libraries
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
-            raise BuildError(f"tflite: the converter failed: {reason}") from error
-        content = path.read_bytes()
-    graph = Graph(content)
-    widen_products_(graph)
-    return graph
+    program: CapturedProgram, exported: ExportedProgram, output_names: tuple[str, ...], path: Path
+) -> None:
+    _check_space(path.parent, exported)
+    check_size(_bytes_of(exported))
+    adaptor = NhwcAdaptor(exported, program.input_names, output_names)
+    part_factors_(adaptor.core)
+    try:
+        # Light: the same operators (but for a constant that it folds better) in two thirds of the
+        # memory.
+        with _deep_recursion():
+            litert_torch.convert(
+                adaptor, sample_kwargs=program.sample_inputs(), lightweight_conversion=True
+            ).export(str(path))
+    except Exception as error:  # the converter raises types of several libraries
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        raise BuildError(f"tflite: the converter failed: {reason}") from error
 
 
 @contextmanager

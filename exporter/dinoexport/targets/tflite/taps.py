@@ -9,7 +9,7 @@ from pathlib import Path
 from dinoexport.errors import BuildError
 from dinoexport.graph.capture import CapturedProgram
 from dinoexport.targets.tflite.graph import Graph
-from dinoexport.targets.tflite.lower import lower_with_taps
+from dinoexport.targets.tflite.lower import read_graph, write_debug_file
 from dinoexport.targets.tflite.origins import Origins
 from dinoexport.targets.tflite.runtime import CHANNELS_LAST
 from dinoexport.targets.tflite.values import locate_values
@@ -56,7 +56,8 @@ class DebugFile:
                 places[tap] = (found[turned], True)
         others = [tap for tap in self.origins if tap not in places]
         if others:
-            places |= locate_values(shipped.encode(), self.path.read_bytes(), others, self.shapes)
+            debug = read_graph(self.path).encode()
+            places |= locate_values(shipped.encode(), debug, others, self.shapes)
         lost = next((tap for tap in self.origins if tap not in places), None)
         if lost is not None:
             raise BuildError(f"tflite: tap {lost} is not in the shipped file")
@@ -81,8 +82,8 @@ def debug_file(program: CapturedProgram) -> Iterator[DebugFile]:
 
 def _convert(program: CapturedProgram, path: Path) -> dict[str, tuple[bytes, bytes | None]]:
     """Write the file, and return the origins of its taps."""
-    graph = lower_with_taps(program)
-    graph.save(path)
+    write_debug_file(program, path)
+    graph = read_graph(path)
     origins, ports = Origins(graph), graph.ports("outputs")
     return {
         tap: (origins.of(ports[tap]), origins.channels_last(ports[tap]))
