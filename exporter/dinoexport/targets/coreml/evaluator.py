@@ -245,7 +245,11 @@ class PackageEvaluator:
         """Compute ``constexpr`` operations once; Core ML does so when it loads the model."""
         if rounded not in self._unpacked:
             found: dict[int, Tensor] = {}
-            read = self._reader({}, found)
+
+            # Each is read once; kept, the codes would take as much as the weights themselves.
+            def read(var: Any, found: Mapping[int, Tensor] = found) -> Tensor:
+                return found[id(var)] if id(var) in found else as_tensor(var.val, var.dtype)
+
             for operation in self._operations:
                 if operation.op_type.startswith("constexpr_"):
                     results = self._compute(KERNELS[operation.op_type], operation, read)

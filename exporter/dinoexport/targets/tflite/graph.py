@@ -175,17 +175,22 @@ class Graph:
         Raises:
             BuildError: it passes the 2 GB of a flatbuffer.
         """
-        return bytes(self._pack())
+        return bytes(self.pack())
 
     def save(self, path: Path) -> None:
-        """Write the file, as ``encode`` gives it and without that copy.
+        """Write the file that ``encode`` gives.
 
         Raises:
             BuildError: it passes the 2 GB of a flatbuffer.
         """
-        path.write_bytes(self._pack())
+        path.write_bytes(self.pack())
 
-    def _pack(self) -> memoryview:
+    def pack(self) -> memoryview:
+        """Return the file where it was written, as ``encode`` gives it and without that copy.
+
+        Raises:
+            BuildError: it passes the 2 GB of a flatbuffer.
+        """
         self.drop_unread_()
         held = sum(len(b.data) for b in self._model.buffers if b.data is not None)
         check_size(held)

@@ -12,6 +12,7 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from dinoexport.errors import BundleError
+from dinoexport.memory import release
 from dinoexport.targets.base import RunResult, Runtime, plain
 from dinoexport.targets.tflite.exact import to_exact_form_
 from dinoexport.targets.tflite.graph import Graph
@@ -114,7 +115,11 @@ def _rewrite(content: bytes, outputs: set[str], exact: bool) -> bytes:
         if exact:
             to_exact_form_(graph)
         graph.add_outputs(outputs)
-        return graph.encode()
+        packed = graph.pack()
+        # The weights of the graph would be there a third time.
+        del graph
+        release()
+        return bytes(packed)
     except Exception as error:  # a damaged flatbuffer fails in any access
         raise ValueError(f"it is damaged ({error})") from error
 
