@@ -139,6 +139,8 @@ class BuildPlan:
     recipe: Recipe
     name: str
     targets: tuple[str, ...]
+    weight_bytes: int
+    """Of the checkpoint, in float32."""
 
     def bundle_name(self, target: str) -> str:
         """Name of one target's bundle folder."""
@@ -210,7 +212,7 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     _check_layout(request.layout, targets, config, path)
     name = f"{config.task}-{_short(config.backbone.name)}-{size}-{recipe.name}"
     name += "" if request.layout == "tokens" else f"-{request.layout}"
-    return BuildPlan(request, path, config, recipe, name, tuple(targets))
+    return BuildPlan(request, path, config, recipe, name, tuple(targets), weights)
 
 
 def _weight_bytes(path: Path) -> int:
@@ -321,7 +323,7 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
         reporter.say(notice)
     with lock_output(request.out):
         log = request.out / LOG
-        _check_memory(_weight_bytes(plan.checkpoint))
+        _check_memory(plan.weight_bytes)
         with reporter.step(f"load {plan.checkpoint.name}"):
             model = load_model(plan)
             sha256 = digest(plan.checkpoint)

@@ -1,21 +1,17 @@
 """Tensors of two TFLite files that are computed alike, and faults that must not pass for that."""
 
 from collections.abc import Callable
-from copy import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from dinoexport.bundle import open_bundle
 from dinoexport.errors import BuildError
-from dinoexport.targets.tflite import taps
 from dinoexport.targets.tflite.graph import MAX_BYTES, Graph, Kind, check_size
 from dinoexport.targets.tflite.origins import Origins
-from dinoexport.targets.tflite.runtime import CHANNELS_LAST, TfliteRuntime
+from dinoexport.targets.tflite.runtime import TfliteRuntime
 
 pytestmark = pytest.mark.e2e
 
@@ -34,11 +30,9 @@ def write(graph: Graph, index: int, values: np.ndarray) -> None:
     buffer.data = np.frombuffer(np.ascontiguousarray(values).tobytes(), np.uint8)
 
 
-def changed_weight(graph: Graph, operator: Any, step: float = 0.0) -> None:
-    """By a step, or by the least that there is."""
+def changed_weight(graph: Graph, operator: Any) -> None:
     values = np.array(graph.constant(operator.inputs[1]))
-    flat = values.reshape(-1)
-    flat[-1] = flat[-1] + step if step else np.nextafter(flat[-1], np.inf)
+    values.reshape(-1)[-1] = np.nextafter(values.reshape(-1)[-1], np.inf)
     write(graph, operator.inputs[1], values)
 
 
@@ -94,57 +88,6 @@ def _copy(operator: Any, inputs: list[int], outputs: list[int]) -> Any:
     vars(made).update(vars(operator))
     made.inputs, made.outputs = inputs, outputs
     return made
-
-
-# --- locating taps -------------------------------------------------------------------------------
-
-
-def with_taps(graph: Graph, places: dict[str, int]) -> Graph:
-    """Return a graph with taps as its outputs, as a debug file has them."""
-    signature = graph._model.signatureDefs[0]
-    ports = [copy(signature.outputs[0]) for _ in places]
-    for port, (name, index) in zip(ports, places.items(), strict=True):
-        port.name, port.tensorIndex = name.encode(), index
-    signature.outputs = ports
-    graph._graph.outputs = [*places.values()]
-    return graph
-
-
-def locate(monkeypatch: pytest.MonkeyPatch, debug: Graph, content: bytes) -> dict[str, str]:
-    """Locate the outputs of a debug file in another."""
-    images = {n: torch.zeros(debug.shape(i)) for n, i in debug.ports("inputs").items()}
-    names = dict.fromkeys(debug.ports("outputs"), "")
-    program: Any = SimpleNamespace(tap_nodes=names, sample_inputs=lambda: images)
-    monkeypatch.setattr(taps, "write_debug_file", lambda _, path: debug.save(path))
-    with taps.debug_file(program) as file:
-        return file.locate(Graph(content))
-
-
-def test_a_tap_is_found_by_what_it_is_computed_from(path: Path, monkeypatch) -> None:
-    graph = Graph(path.read_bytes())
-    wanted = layers(graph)[1].outputs[0]
-    found = locate(monkeypatch, with_taps(graph, {"tap": wanted}), path.read_bytes())
-    # A RESHAPE before it may hold the same values and come first.
-    assert found["tap"].removeprefix(CHANNELS_LAST) == graph.name(wanted)
-
-
-def test_a_tap_that_is_absent_is_told(path: Path, monkeypatch) -> None:
-    graph = Graph(path.read_bytes())
-    operator = layers(graph)[1]
-    # A step that no rounding hides: digests and values must both miss it.
-    changed_weight(graph, operator, step=1.0)
-    debug = with_taps(graph, {"lost": operator.outputs[0]})
-    with pytest.raises(BuildError, match="tap lost is not in the shipped file"):
-        locate(monkeypatch, debug, path.read_bytes())
-
-
-def test_a_name_that_two_tensors_have_locates_nothing(path: Path, monkeypatch) -> None:
-    graph, shipped = Graph(path.read_bytes()), Graph(path.read_bytes())
-    index = layers(graph)[1].outputs[0]
-    other = layers(shipped)[2].outputs[0]
-    shipped.tensor(other).name = shipped.tensor(index).name
-    with pytest.raises(BuildError, match="is not unique"):
-        locate(monkeypatch, with_taps(graph, {"tap": index}), shipped.encode())
 
 
 def test_files_above_two_gigabytes_are_refused() -> None:
