@@ -10,7 +10,7 @@ import msgspec
 from dinoexport.search.front import Candidate
 from dinotrain.errors import UsageError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class Measured(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -19,10 +19,12 @@ class Measured(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     Attributes:
         candidates: {recipe: what its artifact measured}.
         refused: {recipe: why it cannot be built}.
+        timed_in_turns: recipes whose latencies were taken side by side.
     """
 
     candidates: dict[str, Candidate] = msgspec.field(default_factory=dict)
     refused: dict[str, str] = msgspec.field(default_factory=dict)
+    timed_in_turns: list[str] = msgspec.field(default_factory=list)
 
 
 class SearchState(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

@@ -1,5 +1,6 @@
 """Which recipes a search builds, and which it leaves out: no model, figures by hand."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +41,7 @@ class Handmade(Search):
         self._state = SearchState(key="")
         self._path = Path("nowhere")
         self.figures, self.built, self.sensed = figures, [], []
+        self.log, self.in_turns, self.alone_ms = Path(os.devnull), [], {}
 
     def _keep(self) -> None: ...
 
@@ -59,9 +61,17 @@ class Handmade(Search):
     def _measure(self, target, recipe: Recipe) -> Candidate:
         size, error, _ = self.figures[recipe.name]
         self.built.append(recipe.name)
+        latency_ms = self.alone_ms.get(recipe.name, 1.0)
         return Candidate(
-            recipe=recipe.name, size_bytes=size, sha256="", error=error, latency_ms=1.0
+            recipe=recipe.name, size_bytes=size, sha256="", error=error, latency_ms=latency_ms
         )
+
+    def _lower(self, target, recipe: Recipe, folder: Path) -> Path:
+        return folder / recipe.name
+
+    def _time(self, runtimes) -> list[float]:
+        self.in_turns.append(runtimes)
+        return [0.9 if name == "w8a8" else 1.1 for name in runtimes]
 
 
 @pytest.fixture
@@ -70,8 +80,16 @@ def search(monkeypatch):
     monkeypatch.setattr(OnnxTarget, "supports", {n: OnnxTarget.supports[n] for n in names})
     monkeypatch.setattr(module, "group_sizes", lambda _model, groups: dict.fromkeys(groups, 1))
 
-    def run(budget: float = 0.1, prefer: str = "size", **changed: tuple[int, float, float]):
+    monkeypatch.setattr(OnnxTarget, "runtime", lambda _self, path: path.name)
+
+    def run(
+        budget: float = 0.1,
+        prefer: str = "size",
+        alone_ms: dict[str, float] | None = None,
+        **changed: tuple[int, float, float],
+    ):
         made = Handmade(budget, prefer, FIGURES | changed)
+        made.alone_ms = alone_ms or {}
         return made, made.run("onnx")
 
     return run
@@ -112,6 +130,23 @@ def test_where_speed_is_asked_for_every_precision_is_built(search) -> None:
     made, result = search(prefer="speed")
     assert {name for name in made.figures if ":" not in name} <= set(made.built)
     assert result.skipped == {}
+
+
+def test_the_fastest_are_timed_in_turns_before_one_is_chosen(search) -> None:
+    # As on a host that was slow while w8a8 was built.
+    alone_ms = {"w8a8": 1.2, "w8": 1.6, "w4-block32": 0.1}
+    made, result = search(prefer="speed", alone_ms=alone_ms)
+    (timed,) = made.in_turns
+    # Neither what is far behind nor what does not hold the budget is built again.
+    assert "w8a8" in timed and not {"w8", "w4-block32"} & set(timed)
+    assert (result.chosen.recipe, result.chosen.latency_ms) == ("w8a8", 0.9)
+    # A second search goes on from what is known.
+    assert made.run("onnx").chosen == result.chosen and len(made.in_turns) == 1
+
+
+def test_where_size_is_asked_for_nothing_is_timed_in_turns(search) -> None:
+    made, _ = search()
+    assert made.in_turns == []
 
 
 def test_the_recipes_proposed_are_names_that_can_be_read() -> None:
