@@ -7,42 +7,24 @@ between them makes holes that no later map fits into: 14 GB were seen where 4 ar
 
 import ctypes
 import gc
-import mmap
 import sys
 from contextlib import suppress
 from pathlib import Path
 
-WORTH_BYTES = 128 * 2**20
-"""Growth from which on a collection pays: beside all that converters load it takes 0.3 s."""
+WORTH_BYTES = 16 * 2**20
+"""Weights from which on a collection pays: beside all that converters load it takes 0.3 s."""
 
 
-class _Settled:
-    """What the process held after its last collection, or less since."""
-
-    resident_bytes = 0
-
-
-def release() -> None:
+def release(size_bytes: int) -> None:
     """Collect what nothing refers to, and give it back: glibc keeps freed weights for itself.
 
-    Nothing is done where the process has hardly grown since the last time.
+    Args:
+        size_bytes: of the weights that may be held in vain; nothing is done for few.
     """
-    now = resident_bytes()
-    if now is not None and now - _Settled.resident_bytes < WORTH_BYTES:
-        _Settled.resident_bytes = min(_Settled.resident_bytes, now)
+    if size_bytes < WORTH_BYTES:
         return
     gc.collect()
     _ask_glibc("malloc_trim", 0)
-    _Settled.resident_bytes = resident_bytes() or 0
-
-
-def resident_bytes() -> int | None:
-    """Return what this process holds of the memory; None where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * mmap.PAGESIZE
-    except (OSError, ValueError, IndexError):
-        return None
 
 
 def free_bytes() -> int | None:

@@ -333,7 +333,7 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
             deploy = make_deploy_model(model, plan, reference)
         # What follows needs the deploy model alone, and large models fill the memory.
         del model
-        release()
+        release(plan.weight_bytes)
         calibration = _calibrate(plan, deploy, reference, reporter)
         with reporter.step(f"prepare for {plan.recipe.name}"):
             layers = prepare_(deploy, plan.recipe, calibration)
@@ -341,7 +341,7 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
         with reporter.step("capture"), quiet(log):
             program = capture_deploy(deploy, plan.recipe, layers)
         del deploy
-        release()
+        release(plan.weight_bytes)
         return BuildResult(
             tuple(
                 _build_one(plan, get_target(name), program, reference, calibration, reporter, log)
@@ -409,13 +409,13 @@ def _build_one(
         metadata = embedded_metadata(plan, reference.info.checkpoint_sha256)
         with reporter.step(f"lower to {target.name}"), quiet(log), lowering(target.name, log):
             taps = target.lower(program, artifact, options, metadata)
-        release()
+        release(plan.weight_bytes)
         check_measured(artifact, plan.request.budget)
         with reporter.step(f"verify {target.name}") as step, quiet(log):
             verdict = verify_artifact(
                 target, artifact, taps, plan.recipe, reference, task, step.update
             )
-        release()
+        release(plan.weight_bytes)
         (folder / REFERENCE).write_bytes(encode_reference(reference))
         if calibration is not None:
             write_record(folder, record_calibration(calibration, plan.recipe.name, program.layers))

@@ -48,6 +48,11 @@ class CapturedProgram:
     recipe: Recipe
     layers: dict[str, Layer]
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of its weights, as it holds them."""
+        return sum(t.numel() * t.element_size() for t in self.program.state_dict.values())
+
     def sample_inputs(self) -> dict[str, torch.Tensor]:
         """Black uint8 images, {input: (1, H, W, 3)}: the shapes that adaptors are traced with."""
         shape = (1, *self.image_size, 3)

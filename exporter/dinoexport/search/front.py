@@ -13,6 +13,8 @@ Preference = Literal["size", "speed"]
 WIDTH_IN, HEIGHT_IN = 6.4, 4.0
 LABEL_IN = 0.14
 """Height of a label, which the next one must not touch."""
+LABEL_SHARE = 0.3
+"""Of the width, which the longest label takes."""
 
 
 class Candidate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -134,13 +136,18 @@ def draw_front(
         decades = math.log10(axes.get_ylim()[1] / axes.get_ylim()[0])
         per_inch = decades / HEIGHT_IN
         heights = spread([math.log10(level[c.recipe]) for c in candidates], LABEL_IN * per_inch)
+        left, right = axes.get_xlim()
         for candidate, height in zip(candidates, heights, strict=True):
             latency = "" if candidate.latency_ms is None else f", {candidate.latency_ms:.0f} ms"
+            place_mb = candidate.size_bytes / 1e6
+            # Near the edge a label would leave the picture.
+            inward = place_mb > right - LABEL_SHARE * (right - left)
             axes.annotate(
                 f"{_short(candidate.recipe)}{latency}",
-                (candidate.size_bytes / 1e6, 10**height),
+                (place_mb, 10**height),
                 textcoords="offset points",
-                xytext=(6, 0),
+                xytext=(-6, 0) if inward else (6, 0),
+                ha="right" if inward else "left",
                 va="center",
                 fontsize=7,
                 color=VERMILION if candidate == chosen else BLUE,

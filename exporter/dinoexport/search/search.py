@@ -40,7 +40,7 @@ from dinoexport.search.proposals import SHARE, finer, ladder, propose_mixture
 from dinoexport.search.simulation import Simulation, run_model
 from dinoexport.search.sizes import group_sizes, weight_bytes
 from dinoexport.search.state import Measured, load_state, save_state
-from dinoexport.targets.base import Runtime, Target
+from dinoexport.targets.base import Runtime, Target, artifact_bytes
 from dinoexport.targets.table import get_target
 from dinoexport.verify.reference import Reference, make_reference
 from dinotrain.digests import digest
@@ -339,7 +339,7 @@ class Search:
             outputs = self._run(runtime, step.update)
             return Candidate(
                 recipe=recipe.name,
-                size_bytes=_size_of(Path(folder)),
+                size_bytes=artifact_bytes(path),
                 sha256=artifact_digest(path),
                 error=self.task.drop(self.expected, outputs, self.held_out.true),
                 latency_ms=self._time([runtime])[0] if target.timed_here else None,
@@ -412,8 +412,3 @@ def _check_preference(plan: BuildPlan, request: SearchRequest) -> None:
             raise UsageError(
                 f"--prefer speed: this machine cannot time {name} artifacts. Use --prefer size."
             )
-
-
-def _size_of(folder: Path) -> int:
-    """Size of an artifact that has a folder to itself: large ones are several files."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

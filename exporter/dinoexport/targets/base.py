@@ -158,3 +158,9 @@ class Target(ABC):
     def minimum_os(self, recipe: Recipe, options: LowerOptions) -> str:
         """Return the oldest system that runs the artifact, as the manifest says it."""
         return ""
+
+
+def artifact_bytes(path: Path) -> int:
+    """Size of an artifact: of its file or of those within its folder, and of weights beside it."""
+    weights = path.with_name(f"{path.name}.data")
+    return sum(p.stat().st_size for p in (path, weights, *path.rglob("*")) if p.is_file())

@@ -22,7 +22,7 @@ from dinoexport.manifest import (
 )
 from dinoexport.memory import release
 from dinoexport.recipes import Activations, Precision, Recipe, parse_recipe
-from dinoexport.targets.base import Runtime, Target
+from dinoexport.targets.base import Runtime, Target, artifact_bytes
 from dinoexport.verify.blame import blame_outputs, blame_similarity, blame_structure
 from dinoexport.verify.metrics import cosine, max_error, sqnr_db
 from dinoexport.verify.reference import Norm, Reference, Values
@@ -144,7 +144,7 @@ def _run_shipped(
         What ran it; outputs of every sample; outputs and taps of ``tapped``.
     """
     precise = run_samples(target.runtime(path, taps), reference, tick, tapped)
-    release()
+    release(artifact_bytes(path))
     _check_names(precise.outputs, reference.exact.outputs, "output", path)
     runtime = target.runtime(path)
     every = list(range(reference.samples))
@@ -185,7 +185,7 @@ def _run_exact(
     """
     name, found = "", Values({}, {})
     for open_runtime in target.exact_runtimes(path, taps):
-        release()
+        release(artifact_bytes(path))
         runtime = open_runtime()
         name, found = runtime.name, run_samples(runtime, reference, tick, reference.few)
         _check_names(found.taps, wanted.taps, "tap", path)
@@ -194,7 +194,7 @@ def _run_exact(
         if least >= STRUCTURE_DB and all(output.passed for output in outputs.values()):
             break
         del runtime
-    release()
+    release(artifact_bytes(path))
     return name, found
 
 

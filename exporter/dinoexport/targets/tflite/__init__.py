@@ -38,9 +38,9 @@ class TfliteTarget(Target):
         from dinoexport.targets.tflite.taps import debug_file
 
         with debug_file(program) as debug:
-            release()
+            release(program.weight_bytes)
             graph = lower(program)
-            release()
+            release(program.weight_bytes)
             taps = debug.locate(graph)
         if program.recipe.name != "fp32":
             store_layers_(graph, program)

@@ -118,7 +118,7 @@ def _rewrite(content: bytes, outputs: set[str], exact: bool) -> bytes:
         packed = graph.pack()
         # The weights of the graph would be there a third time.
         del graph
-        release()
+        release(len(packed))
         return bytes(packed)
     except Exception as error:  # a damaged flatbuffer fails in any access
         raise ValueError(f"it is damaged ({error})") from error
