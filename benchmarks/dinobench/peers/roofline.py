@@ -1,8 +1,8 @@
 """How fast the machine is at the model's matrix products, and at nothing else.
 
-The products of every block, plain float32, as one chain in onnxruntime. What is left out is
-softmax, norms, GELU, sums and every change of layout, so no float32 form that computes all tokens
-of all blocks can pass it on these kernels.
+The products of every block in onnxruntime, in float32 and as int8 recipes have them. What is left
+out is softmax, norms, GELU, sums and every change of layout, so no form that computes all tokens of
+all blocks can pass them on these kernels.
 """
 
 from typing import TYPE_CHECKING, Any
