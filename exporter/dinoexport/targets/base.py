@@ -29,6 +29,15 @@ class RunResult:
     taps: dict[str, np.ndarray]
 
 
+Cut = Callable[[str, np.ndarray], np.ndarray]
+"""(tap, its value as float32) → what is wanted of it."""
+
+
+def whole(_tap: str, value: np.ndarray) -> np.ndarray:
+    """All of a tap."""
+    return value
+
+
 class Runtime(ABC):
     """A loaded artifact."""
 
@@ -36,8 +45,14 @@ class Runtime(ABC):
     """What ran it, with its version, as reports print it."""
 
     @abstractmethod
-    def run(self, images: Mapping[str, np.ndarray]) -> RunResult:
-        """{input: (H, W, 3) uint8 RGB} → outputs, and the taps if it was opened with them."""
+    def run(self, images: Mapping[str, np.ndarray], cut: Cut = whole) -> RunResult:
+        """{input: (H, W, 3) uint8 RGB} → outputs, and the taps if it was opened with them.
+
+        Args:
+            images: by input.
+            cut: of each tap, as soon as may be: all taps of a large model are as much memory as its
+                weights.
+        """
 
 
 @dataclass(frozen=True)

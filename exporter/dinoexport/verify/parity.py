@@ -6,6 +6,7 @@ head). Precision runs the file as it is shipped against the full-precision refer
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -284,10 +285,10 @@ def run_samples(
     outputs: dict[str, list[np.ndarray]] = {}
     taps: dict[str, list[np.ndarray]] = {}
     for index in range(reference.samples) if indices is None else indices:
-        result = runtime.run(reference.sample(index))
+        result = runtime.run(reference.sample(index), partial(_sketch, reference))
         for name, value in result.outputs.items():
             outputs.setdefault(name, []).append(value[0] if len(value) == 1 else value)
-        for name, value in _sketch(reference, result.taps).items():
+        for name, value in result.taps.items():
             taps.setdefault(name, []).append(value)
         tick()
     return Values(
@@ -296,9 +297,9 @@ def run_samples(
     )
 
 
-def _sketch(reference: Reference, taps: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _sketch(reference: Reference, tap: str, value: np.ndarray) -> np.ndarray:
     try:
-        return reference.sketch(taps)
+        return reference.sketch(tap, value)
     except (IndexError, KeyError) as error:
         raise ParityError(
             f"the artifact's taps do not fit the reference ({error}): it was made for another "

@@ -151,12 +151,9 @@ class Reference:
         """Which samples ``STRUCTURE_SAMPLES`` are."""
         return _places(self.samples)
 
-    def sketch(self, taps: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Take the recorded elements of each tap, flat."""
-        return {
-            name: np.asarray(as_rows(name, value), np.float32).reshape(-1)[self.positions[name]]
-            for name, value in taps.items()
-        }
+    def sketch(self, name: str, value: np.ndarray) -> np.ndarray:
+        """Take the recorded elements of a tap, flat."""
+        return np.asarray(as_rows(name, value), np.float32).reshape(-1)[self.positions[name]]
 
 
 def _places(samples: int) -> list[int]:

@@ -12,7 +12,7 @@ import pytest
 from dinoexport.errors import ParityError
 from dinoexport.manifest import Verdict
 from dinoexport.recipes import PRECISIONS, parse_recipe
-from dinoexport.targets.base import RunResult, Runtime, Target
+from dinoexport.targets.base import Cut, RunResult, Runtime, Target, whole
 from dinoexport.verify.metrics import MAX_DB
 from dinoexport.verify.parity import (
     EPSILON_TOLERANCE,
@@ -74,7 +74,7 @@ class FakeRuntime(Runtime):
         self._changes = changes
         self._plan = plan
 
-    def run(self, images: Mapping[str, np.ndarray]) -> RunResult:
+    def run(self, images: Mapping[str, np.ndarray], cut: Cut = whole) -> RunResult:
         """Recognise the sample by its images."""
         reference = self._reference
         index = next(
@@ -94,7 +94,7 @@ class FakeRuntime(Runtime):
             taps.pop(name, None)
         outputs |= {n: np.zeros(1, np.float32) for n in self._plan.more if n.endswith("_mm")}
         taps |= {n: np.zeros(1, np.float32) for n in self._plan.more if not n.endswith("_mm")}
-        return RunResult(outputs, taps)
+        return RunResult(outputs, {name: cut(name, value) for name, value in taps.items()})
 
     def _whole(self, name: str, sketch: np.ndarray) -> np.ndarray:
         """A tap in full; what the reference does not hold of it is not looked at."""

@@ -209,9 +209,9 @@ def test_places_cover_prefix_and_patches(reference: Reference) -> None:
 
 def test_a_sketch_takes_those_places(reference: Reference) -> None:
     flat = np.arange(3 * TOKENS * WIDTH, dtype=np.float64).reshape(3, TOKENS, WIDTH)
-    taken = reference.sketch({"tokens": flat})
-    assert taken["tokens"].dtype == np.float32
-    assert np.array_equal(taken["tokens"], reference.positions["tokens"])
+    taken = reference.sketch("tokens", flat)
+    assert taken.dtype == np.float32
+    assert np.array_equal(taken, reference.positions["tokens"])
 
 
 # --- LayerNorms ----------------------------------------------------------------------------------

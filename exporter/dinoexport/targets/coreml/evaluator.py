@@ -6,7 +6,7 @@ weights and range; it does not test Apple's kernels, their placement or their sp
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from dinotrain.errors import ShapeError, UsageError, unknown_name
 
 FP16_LIMIT = 65504.0
 """The largest finite number in half precision."""
+
+_LARGE = 2**16
+"""Numbers of a constant from which on it is not kept as float32."""
 
 _PART = 2**15
 """Numbers that are rounded at a time: they fit into a cache, and torch starts no threads for them,
@@ -189,6 +192,7 @@ class PackageEvaluator:
         inputs: Mapping[str, np.ndarray],
         round_activations: bool,
         keep: Collection[str] | None = None,
+        take: Callable[[str, np.ndarray], None] | None = None,
         watch: bool = False,
     ) -> Evaluation:
         """Evaluate the program once.
@@ -200,6 +204,8 @@ class PackageEvaluator:
                 unpacked weights included, and quantise activations. False computes all in
                 float32, where quantising only scales, so only graph and weights are tested.
             keep: variable names whose values are wanted beside the outputs.
+            take: given each of these by its name once it is computed, which it may look at and not
+                hold; without it, copies are returned.
             watch: record the largest magnitude of every floating-point result.
 
         Returns:
@@ -218,6 +224,8 @@ class PackageEvaluator:
         values = self._feed(inputs, round_activations)
         last_use = self._last_use(wanted)
         kept: dict[str, np.ndarray] = {}
+        take = take or (lambda name, value: kept.update({name: value.copy()}))
+        left = set(wanted)
         peaks: list[Peak] = []
         with torch.inference_mode():
             for step, operation in enumerate(self._operations):
@@ -231,14 +239,17 @@ class PackageEvaluator:
                     if watch and raw.is_floating_point():
                         peaks.append(_peak(operation.op_type, var, raw))
                     values[id(var)] = value
-                    if var.name in wanted:
-                        kept[var.name] = value.numpy().copy()
+                    if var.name in left:
+                        take(var.name, value.numpy())
+                        left.remove(var.name)
+                # A large map would outlive its use by a step, unrounded beside rounded.
+                del results, raw, value
                 for key in last_use.get(step, ()):
                     values.pop(key, None)
             read = self._reader(values, unpacked)
             outputs = {var.name: read(var).numpy().copy() for var in self._results}
-            for name in wanted - kept.keys():
-                kept[name] = read(self._by_name[name]).numpy().copy()
+            for name in left:
+                take(name, read(self._by_name[name]).numpy())
         return Evaluation(outputs=outputs, values=kept, peaks=tuple(peaks))
 
     def _unpack_weights(self, rounded: bool) -> dict[int, Tensor]:
@@ -263,8 +274,12 @@ class PackageEvaluator:
             for known in (values, unpacked, self._constants):
                 if id(var) in known:
                     return known[id(var)]
-            self._constants[id(var)] = as_tensor(var.val, var.dtype)
-            return self._constants[id(var)]
+            value = as_tensor(var.val, var.dtype)
+            # Large ones are turned into float32 each time, which is little beside what they are
+            # multiplied with: kept, all weights would be there once more.
+            if value.numel() < _LARGE:
+                self._constants[id(var)] = value
+            return value
 
         return read
 

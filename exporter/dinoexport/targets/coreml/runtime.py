@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dinoexport.errors import BundleError, ParityError
-from dinoexport.targets.base import RunResult, Runtime, plain
+from dinoexport.targets.base import Cut, RunResult, Runtime, plain, whole
 from dinoexport.targets.coreml.evaluator import PackageEvaluator
 
 
@@ -37,26 +37,31 @@ class EvaluatorRuntime(Runtime):
                 "program. The package is not the one that was built; build it again."
             )
 
-    def run(self, images: Mapping[str, np.ndarray]) -> RunResult:
+    def run(self, images: Mapping[str, np.ndarray], cut: Cut = whole) -> RunResult:
         """See Runtime.run.
 
         Raises:
             ParityError: a value passed the range of half precision (only without rounding, where
                 its origin shows).
         """
+        taps: dict[str, np.ndarray] = {}
+
+        def take(variable: str, value: np.ndarray) -> None:
+            for tap in (tap for tap, name in self._taps.items() if name == variable):
+                taps[tap] = cut(tap, np.array(value, np.float32))
+
         result = self._evaluator.run(
             dict(images),
             round_activations=not self._exact,
             keep=list(self._taps.values()),
+            take=take,
             watch=self._exact,
         )
         if result.overflowed:
             raise ParityError(
                 f"half precision overflows at {result.overflowed[0]}. Build with --precision fp32."
             )
-        taps = {
-            tap: np.asarray(result.values[name], np.float32) for tap, name in self._taps.items()
-        }
+        taps = {tap: taps[tap] for tap in self._taps}
         return RunResult({n: plain(v) for n, v in result.outputs.items()}, taps)
 
 
@@ -73,7 +78,7 @@ class CoremlRuntime(Runtime):
             reason = str(error).strip().splitlines()[0][:200]
             raise BundleError(f"{path}: Core ML cannot load it: {reason}") from error
 
-    def run(self, images: Mapping[str, np.ndarray]) -> RunResult:
+    def run(self, images: Mapping[str, np.ndarray], cut: Cut = whole) -> RunResult:
         """See Runtime.run."""
         values = self._model.predict({n: Image.fromarray(i) for n, i in images.items()})
         return RunResult({n: plain(v) for n, v in values.items()}, {})

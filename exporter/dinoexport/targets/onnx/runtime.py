@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto
 
 from dinoexport.errors import BundleError
-from dinoexport.targets.base import RunResult, Runtime, plain
+from dinoexport.targets.base import Cut, RunResult, Runtime, plain, whole
 from dinoexport.targets.onnx.exact import to_exact_precision_
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -116,12 +116,12 @@ class OnnxRuntime(Runtime):
                 f"{path}: onnxruntime cannot load it: {reason}. Build it again."
             ) from error
 
-    def run(self, images: Mapping[str, np.ndarray]) -> RunResult:
+    def run(self, images: Mapping[str, np.ndarray], cut: Cut = whole) -> RunResult:
         """See Runtime.run."""
         names = [output.name for output in self._session.get_outputs()]
         feeds = {name: image[np.newaxis] for name, image in images.items()}
         values = dict(zip(names, self._session.run(names, feeds), strict=True))
-        taps = {tap: np.asarray(values[v], np.float32) for tap, v in self._taps.items()}
+        taps = {tap: cut(tap, np.asarray(values[v], np.float32)) for tap, v in self._taps.items()}
         inner = set(self._taps.values())
         outputs = {n: plain(np.asarray(v)) for n, v in values.items() if n not in inner}
         return RunResult(outputs, taps)

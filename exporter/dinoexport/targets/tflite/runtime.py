@@ -13,7 +13,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from dinoexport.errors import BundleError
 from dinoexport.memory import release
-from dinoexport.targets.base import RunResult, Runtime, plain
+from dinoexport.targets.base import Cut, RunResult, Runtime, plain, whole
 from dinoexport.targets.tflite.exact import to_exact_form_
 from dinoexport.targets.tflite.graph import Graph
 
@@ -80,10 +80,10 @@ class TfliteRuntime(Runtime):
         details = self._runner.get_output_details()
         self._order = sorted(details, key=lambda name: order.index(details[name]["index"]))
 
-    def run(self, images: Mapping[str, np.ndarray]) -> RunResult:
+    def run(self, images: Mapping[str, np.ndarray], cut: Cut = whole) -> RunResult:
         """See Runtime.run."""
         outputs = self._runner(**{name: image[np.newaxis] for name, image in images.items()})
-        taps = {tap: self._tap(tap, index) for tap, index in self._taps.items()}
+        taps = {tap: cut(tap, self._tap(tap, index)) for tap, index in self._taps.items()}
         return RunResult({n: plain(outputs[n]).copy() for n in self._order}, taps)
 
     def count_operations(self) -> dict[str, int]:
