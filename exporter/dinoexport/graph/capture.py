@@ -50,7 +50,7 @@ class CapturedProgram:
 
     @property
     def weight_bytes(self) -> int:
-        """Of its weights, as it holds them."""
+        """Of its weights in float32, as it holds them and converters write them."""
         return sum(t.numel() * t.element_size() for t in self.program.state_dict.values())
 
     def sample_inputs(self) -> dict[str, torch.Tensor]:

@@ -95,6 +95,10 @@ class OnnxRuntime(Runtime):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
+        # A plan of the second run would take its memory beside what the first has left.
+        options.enable_mem_pattern = False
+        # Blocks kept for further runs, of which there are few here; apps have many.
+        options.enable_cpu_mem_arena = not exact
         source: str | bytes = str(path)
         if taps or exact:
             model = load(path)

@@ -55,8 +55,8 @@ def read_graph(path: Path) -> Graph:
 def _convert(
     program: CapturedProgram, exported: ExportedProgram, output_names: tuple[str, ...], path: Path
 ) -> None:
-    _check_space(path.parent, exported)
-    check_size(_bytes_of(exported))
+    _check_space(path.parent, program.weight_bytes)
+    check_size(program.weight_bytes)
     adaptor = NhwcAdaptor(exported, program.input_names, output_names)
     part_factors_(adaptor.core)
     try:
@@ -108,17 +108,12 @@ def part_factors_(core: GraphModule) -> None:
     core.recompile()
 
 
-def _check_space(folder: Path, exported: ExportedProgram) -> None:
+def _check_space(folder: Path, weight_bytes: int) -> None:
     """Refuse a temporary folder that is too small: LLVM, unable to write, ends the process."""
-    needed = 32 * 2**20 + _bytes_of(exported)
+    needed = 32 * 2**20 + weight_bytes
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise BuildError(
             f"tflite: {folder.parent}: {free / 2**20:.0f} MiB free, the converter needs about "
             f"{needed / 2**20:.0f} there. Free some space or set TMPDIR to another folder."
         )
-
-
-def _bytes_of(exported: ExportedProgram) -> int:
-    """Bytes of a program's weights as the converter writes them, in float32."""
-    return sum(4 * tensor.numel() for tensor in exported.state_dict.values())
