@@ -1,9 +1,6 @@
 """What cannot end well is refused before work starts: memory, and formats of 2 GB."""
 
 import gc
-import platform
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -79,35 +76,3 @@ def test_a_plan_says_what_a_format_cannot_hold(
     assert plan("onnx,coreml") == ("onnx", "coreml")
     with pytest.raises(BuildError, match=r"a flatbuffer holds 2\. Use --target onnx,coreml"):
         plan("all")
-
-
-FREED_AMONG_SMALL = """
-import resource, sys
-import numpy as np
-from dinoexport.memory import map_large_blocks
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-
-if "mapped" in sys.argv:
-    map_large_blocks()
-# Such a block, once freed, is what glibc learns its own limit from.
-np.ones(24 * 2**20, np.uint8)
-before = resident()
-large, small = [], []
-for _ in range(10):
-    large.append(np.ones(12 * 2**20, np.uint8))
-    small.append(np.ones(100_000, np.uint8))
-large.clear()
-print(resident() - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how glibc holds what is freed")
-def test_freed_tokens_go_back_although_small_blocks_lie_between_them() -> None:
-    def held_bytes(*arguments: str) -> int:
-        command = [sys.executable, "-c", FREED_AMONG_SMALL, *arguments]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-    assert held_bytes() > 100 * 2**20
-    assert held_bytes("mapped") < 10 * 2**20

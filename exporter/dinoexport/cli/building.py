@@ -71,11 +71,9 @@ def build(
     json: Json = False,
 ) -> None:
     """Turn a checkpoint into verified artifacts, one bundle per target."""
-    from dinoexport.memory import map_large_blocks
     from dinoexport.pipeline import BuildRequest, CalibrationRequest, plan_build
     from dinoexport.pipeline import build as run_build
 
-    map_large_blocks()
     request = BuildRequest(
         task=task,
         target=target,
@@ -122,10 +120,8 @@ def verify(
     """Repeat the parity verdict of a bundle; files that were changed since are a FAIL."""
     from dinoexport.console import Reporter
     from dinoexport.errors import TamperedError
-    from dinoexport.memory import map_large_blocks
     from dinoexport.pipeline import verify_bundle
 
-    map_large_blocks()
     try:
         verdict = verify_bundle(bundle, reference, Reporter())
     except TamperedError as error:
@@ -152,10 +148,8 @@ def reference(
 ) -> None:
     """Write what the PyTorch model gives, on a GPU where there is one, for `verify --reference`."""
     from dinoexport.console import Reporter
-    from dinoexport.memory import map_large_blocks
     from dinoexport.pipeline import BuildRequest, plan_build, write_reference
 
-    map_large_blocks()
     check_file(out, ".safetensors")
     plan = plan_build(
         BuildRequest(task, "all", out.parent, checkpoint, "fp32", parse_size(image_size))

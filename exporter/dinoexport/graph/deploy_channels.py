@@ -54,12 +54,8 @@ class ChannelsViT(DeployViT):
 
     def run_blocks(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(B, D, 1, T) → after each block its number and output as rows, (B, T, D)."""
-        for index, block in enumerate(cast("list[DeployBlock]", self.blocks)):
-            x = block.attend(x)
-            self.record[f"blocks.{index}.attn"] = x
-            x = block.feed(x)
-            self.record[f"blocks.{index}.mlp"] = x
-            yield index, x.squeeze(2).transpose(1, 2)
+        for index, columns in super().run_blocks(x):
+            yield index, columns.squeeze(2).transpose(1, 2)
 
 
 class ChannelAttention(nn.Module):

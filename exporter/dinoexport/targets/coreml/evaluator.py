@@ -19,7 +19,14 @@ from coremltools.proto import FeatureTypes_pb2
 from torch import Tensor
 
 from dinoexport.errors import BundleError, ParityError, UnknownOperationError
-from dinoexport.targets.coreml.mil_operands import Kernel, Operands, Read, as_tensor, carrier
+from dinoexport.targets.coreml.mil_operands import (
+    Kernel,
+    Operands,
+    Read,
+    as_tensor,
+    carrier,
+    is_carried,
+)
 from dinoexport.targets.coreml.mil_ops import EXACT, KERNELS
 from dinoexport.targets.coreml.package import Package, open_package
 from dinotrain.errors import ShapeError, UsageError, unknown_name
@@ -28,7 +35,7 @@ FP16_LIMIT = 65504.0
 """The largest finite number in half precision."""
 
 _LARGE = 2**16
-"""Numbers of a constant from which on it is not kept as float32."""
+"""Numbers of a constant from which on it is not kept as a tensor."""
 
 _PART = 2**15
 """Numbers that are rounded at a time: they fit into a cache, and torch starts no threads for them,
@@ -123,7 +130,7 @@ class PackageEvaluator:
             ) from error
         self._function = program.functions[name]
         self._operations = [op for op in self._function.operations if op.op_type != "const"]
-        self._constants: dict[int, Tensor] = {}
+        self._constants = _small_constants(self._operations)
         self._unpacked: dict[bool, dict[int, Tensor]] = {}
         description = _described(package.spec.description, name)
         self.inputs = {
@@ -274,12 +281,9 @@ class PackageEvaluator:
             for known in (values, unpacked, self._constants):
                 if id(var) in known:
                     return known[id(var)]
-            value = as_tensor(var.val, var.dtype)
             # Large ones are turned into float32 each time, which is little beside what they are
             # multiplied with: kept, all weights would be there once more.
-            if value.numel() < _LARGE:
-                self._constants[id(var)] = value
-            return value
+            return as_tensor(var.val, var.dtype)
 
         return read
 
@@ -354,6 +358,25 @@ def norm_epsilons(operations: Sequence[OperationInfo]) -> list[float]:
         elif op.kind in ("sqrt", "rsqrt") and op.inputs[0] in sums:
             found.append(sums[op.inputs[0]])
     return found
+
+
+def _small_constants(operations: Sequence[Any]) -> dict[int, Tensor]:
+    """Constants that are kept, as tensors.
+
+    They are made before anything runs: between large values they would leave holes in the heap that
+    the next large ones do not fit into, twice as much in all as what is alive (ViT-B at 518 px).
+    """
+    return {
+        id(var): as_tensor(var.val, var.dtype)
+        for operation in operations
+        for entry in operation.inputs.values()
+        for var in (entry if isinstance(entry, list | tuple) else [entry])
+        if var is not None and _is_constant(var) and np.size(var.val) < _LARGE
+    }
+
+
+def _is_constant(var: Any) -> bool:
+    return var.op is not None and var.op.op_type == "const" and is_carried(var.dtype)
 
 
 def _function_name(package: Package, wanted: str | None) -> str:

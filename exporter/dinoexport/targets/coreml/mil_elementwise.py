@@ -4,7 +4,6 @@ Formulas are those of the MIL operation reference; where it is silent (epsilon o
 ``rsqrt`` and ``inverse``) the value inference in coremltools decides.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -34,7 +33,7 @@ def gelu(op: Operands) -> Tensor:
         return F.gelu(x, approximate="tanh")
     if mode == "SIGMOID_APPROXIMATION":
         return x * torch.sigmoid(1.702 * x)
-    return x * 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+    return F.gelu(x)
 
 
 def clip(op: Operands) -> Tensor:

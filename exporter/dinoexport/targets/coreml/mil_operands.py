@@ -28,6 +28,11 @@ CARRIER: dict[Any, torch.dtype] = {
 SUB_BYTE = (types.uint1, types.uint2, types.uint3, types.uint4, types.uint6, types.int4)
 
 
+def is_carried(dtype: Any) -> bool:
+    """Return whether a MIL element type is one of numbers or truth values."""
+    return dtype in CARRIER or dtype in SUB_BYTE
+
+
 def carrier(dtype: Any) -> torch.dtype:
     """Return the torch type that carries a MIL element type."""
     if dtype in SUB_BYTE:

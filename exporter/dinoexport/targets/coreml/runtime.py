@@ -26,6 +26,9 @@ class EvaluatorRuntime(Runtime):
     def __init__(self, path: Path, taps: Mapping[str, str], *, exact: bool) -> None:
         self._evaluator = PackageEvaluator(path)
         self._taps = dict(taps)
+        self._variables: dict[str, list[str]] = {}
+        for tap, variable in taps.items():
+            self._variables.setdefault(variable, []).append(tap)
         self._exact = exact
         rounding = "without activation rounding" if exact else "half precision as declared"
         self.name = f"package evaluator ({rounding}; Core ML itself was not run)"
@@ -47,13 +50,13 @@ class EvaluatorRuntime(Runtime):
         taps: dict[str, np.ndarray] = {}
 
         def take(variable: str, value: np.ndarray) -> None:
-            for tap in (tap for tap, name in self._taps.items() if name == variable):
+            for tap in self._variables[variable]:
                 taps[tap] = cut(tap, np.array(value, np.float32))
 
         result = self._evaluator.run(
             dict(images),
             round_activations=not self._exact,
-            keep=list(self._taps.values()),
+            keep=self._variables,
             take=take,
             watch=self._exact,
         )
