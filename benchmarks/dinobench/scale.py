@@ -63,6 +63,9 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder that keeps what is known.")] = Path("scale"),
 ) -> None:
     """Build each variant at each size and precision; print wall time, peak memory and verdicts."""
+    wrong = next((side for side in sizes.split(",") if not side.isdecimal()), None)
+    if wrong is not None:
+        raise typer.BadParameter(f"--sizes '{wrong}'; accepted: pixels, such as 224,518")
     wanted = [
         (variant, int(side), precision, target)
         for variant in variants.split(",")

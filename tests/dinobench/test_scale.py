@@ -1,9 +1,13 @@
 """The judge of growth against figures worked out by hand, and the table."""
 
+from pathlib import Path
+
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from dinobench.result import Artifact
-from dinobench.scale import MAX_GROWTH, WEIGHTS_GB, ScaledBuild, judge, table
+from dinobench.scale import MAX_GROWTH, WEIGHTS_GB, ScaledBuild, judge, run, table
 
 
 def build(variant: str, peak_gb: float, wall_s: float = 60.0, error: str = "") -> ScaledBuild:
@@ -42,3 +46,19 @@ def test_a_build_that_failed_is_a_problem_and_in_the_table() -> None:
     lines = table([build("s", 1.0), failed])
     assert lines[2] == "| S | 224 | fp16 | 60 | 90 | 1.0 | 0.09 | onnx 45 | 0.003 mm | pass |"
     assert lines[3].endswith("| killed |")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("--variants", "s,x", "'x'; accepted: s, b, l, g"), ("--sizes", "224,wide", "'wide'")],
+)
+def test_what_is_not_to_be_built_is_refused(
+    tmp_path: Path, option: str, value: str, said: str
+) -> None:
+    app = typer.Typer()
+    app.command()(run)
+    result = CliRunner().invoke(app, [option, value, "--out", str(tmp_path / "scale")])
+    assert result.exit_code == 2
+    # Without the frame that it is printed in.
+    assert said in " ".join(result.output.replace("│", " ").split())
+    assert not list(tmp_path.iterdir())
