@@ -1,6 +1,7 @@
 """Run an ONNX file in onnxruntime on the CPU; taps are added as outputs of the shipped graph."""
 
 import math
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,13 +10,15 @@ import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto
+from onnxruntime import OrtValue
 
 from dinoexport.errors import BundleError
-from dinoexport.targets.base import Cut, RunResult, Runtime, plain, whole
+from dinoexport.memory import release
+from dinoexport.targets.base import Cut, RunResult, Runtime, artifact_bytes, plain, whole
 from dinoexport.targets.onnx.exact import to_exact_precision_
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-"""Where onnxruntime looks for weights beside a model that it is given as bytes."""
+"""Where onnxruntime looks for the weights of a model that lies elsewhere."""
 
 
 def load(path: Path) -> ModelProto:
@@ -98,37 +101,53 @@ class OnnxRuntime(Runtime):
         # A plan of the second run would take its memory beside what the first has left.
         options.enable_mem_pattern = False
         # Blocks kept for further runs, of which there are few here; apps have many.
-        options.enable_cpu_mem_arena = not exact
-        source: str | bytes = str(path)
+        options.enable_cpu_mem_arena = not (taps or exact)
+        if exact:
+            self.name += ", float32 arithmetic on the stored weights"
+        with tempfile.TemporaryDirectory(prefix="dinoexport-") as folder:
+            source = path
+            if taps or exact:
+                # A file, because of bytes a session keeps a copy.
+                source = Path(folder) / "model.onnx"
+                _rewrite(path, source, list(taps.values()), exact)
+                options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
+            try:
+                self._session = onnxruntime.InferenceSession(
+                    str(source), options, providers=["CPUExecutionProvider"]
+                )
+            except Exception as error:  # onnxruntime raises a family of undocumented types
+                reason = str(error).strip().splitlines()[0][:200].rstrip(".")
+                raise BundleError(
+                    f"{path}: onnxruntime cannot load it: {reason}. Build it again."
+                ) from error
         if taps or exact:
-            model = load(path)
-            if exact:
-                to_exact_precision_(model)
-                self.name += ", float32 arithmetic on the stored weights"
-            _add_outputs_(model, list(taps.values()), path)
-            options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
-            source = model.SerializeToString()
-            # Before the runtime makes copies of its own.
-            del model
-        try:
-            self._session = onnxruntime.InferenceSession(
-                source, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime raises a family of undocumented types
-            reason = str(error).strip().splitlines()[0][:200].rstrip(".")
-            raise BundleError(
-                f"{path}: onnxruntime cannot load it: {reason}. Build it again."
-            ) from error
+            # What loading took would lie beside what running takes.
+            release(artifact_bytes(path))
 
     def run(self, images: Mapping[str, np.ndarray], cut: Cut = whole) -> RunResult:
         """See Runtime.run."""
         names = [output.name for output in self._session.get_outputs()]
-        feeds = {name: image[np.newaxis] for name, image in images.items()}
-        values = dict(zip(names, self._session.run(names, feeds), strict=True))
-        taps = {tap: cut(tap, np.asarray(values[v], np.float32)) for tap, v in self._taps.items()}
+        feeds = {n: OrtValue.ortvalue_from_numpy(x[np.newaxis]) for n, x in images.items()}
+        # Its own values, turned into arrays one by one: all taps of a large model would be there
+        # twice.
+        found = self._session.run_with_ort_values(names, feeds)
+        values = dict(zip(names, found, strict=True))
+        taps = {
+            tap: cut(tap, np.asarray(values[name].numpy(), np.float32))
+            for tap, name in self._taps.items()
+        }
         inner = set(self._taps.values())
-        outputs = {n: plain(np.asarray(v)) for n, v in values.items() if n not in inner}
+        outputs = {n: plain(v.numpy()) for n, v in values.items() if n not in inner}
         return RunResult(outputs, taps)
+
+
+def _rewrite(path: Path, to: Path, outputs: list[str], exact: bool) -> None:
+    """Write a model with further outputs, or in its exact form, or both."""
+    model = load(path)
+    if exact:
+        to_exact_precision_(model)
+    _add_outputs_(model, outputs, path)
+    to.write_bytes(model.SerializeToString())
 
 
 def _add_outputs_(model: ModelProto, names: list[str], path: Path) -> None:
