@@ -369,6 +369,8 @@ def _small_constants(operations: Sequence[Any]) -> dict[int, Tensor]:
     return {
         id(var): as_tensor(var.val, var.dtype)
         for operation in operations
+        # Of these each input is read once, when weights are unpacked.
+        if not operation.op_type.startswith("constexpr_")
         for entry in operation.inputs.values()
         for var in (entry if isinstance(entry, list | tuple) else [entry])
         if var is not None and _is_constant(var) and np.size(var.val) < _LARGE
