@@ -1,5 +1,9 @@
 """The .onnx file as an app meets it: checked by onnx, run by a plain onnxruntime session."""
 
+import errno
+import os
+import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -319,6 +323,24 @@ def test_a_tap_that_is_not_there_is_told(file):
     with pytest.raises(BundleError, match="value nowhere, named in the manifest as a tap") as error:
         get_target("onnx").runtime(file, {"tokens": "nowhere"})
     assert "\n" not in str(error.value)
+
+
+def test_a_full_temporary_folder_is_told(file, tmp_path, monkeypatch):
+    """Within a build it would read as if the folder of the bundle were full."""
+
+    def full(_path: Path, _data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(BuildError) as error:
+        get_target("onnx").runtime(file, exact=True)
+    assert re.fullmatch(
+        rf"onnx: {re.escape(str(tmp_path))}: a temporary model of \d+ MiB cannot be written: "
+        r"No space left on device\. Free some space or set TMPDIR to another folder\.",
+        str(error.value),
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_that_onnx_refuses_is_not_written(file, tmp_path):

@@ -366,8 +366,9 @@ def _small_constants(operations: Sequence[Any]) -> dict[int, Tensor]:
     They are made before anything runs: between large values they would leave holes in the heap that
     the next large ones do not fit into, twice as much in all as what is alive (ViT-B at 518 px).
     """
-    return {
-        id(var): as_tensor(var.val, var.dtype)
+    # Many operations share one, such as an axis.
+    shared = {
+        id(var): var
         for operation in operations
         # Of these each input is read once, when weights are unpacked.
         if not operation.op_type.startswith("constexpr_")
@@ -375,6 +376,7 @@ def _small_constants(operations: Sequence[Any]) -> dict[int, Tensor]:
         for var in (entry if isinstance(entry, list | tuple) else [entry])
         if var is not None and _is_constant(var) and np.size(var.val) < _LARGE
     }
+    return {key: as_tensor(var.val, var.dtype) for key, var in shared.items()}
 
 
 def _is_constant(var: Any) -> bool:

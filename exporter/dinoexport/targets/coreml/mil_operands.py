@@ -42,11 +42,9 @@ def carrier(dtype: Any) -> torch.dtype:
 
 def as_tensor(value: Any, dtype: Any) -> Tensor:
     """Turn a stored constant (NumPy array or scalar) into its carrier, values unchanged."""
-    array = np.asarray(value)
-    if array.dtype in (np.uint16, np.uint32, np.uint64):
-        array = array.astype(np.int64)
-    # A copy, because coremltools hands out read-only views of the weight file.
-    return torch.from_numpy(np.array(array, copy=True, order="C")).to(carrier(dtype))
+    wanted = torch.empty(0, dtype=carrier(dtype)).numpy().dtype
+    # One copy: coremltools hands out read-only views of the weight file, and weights are large.
+    return torch.from_numpy(np.asarray(value).astype(wanted, order="C"))
 
 
 Read = Callable[[Any], Tensor]

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto
 from onnxruntime import OrtValue
 
-from dinoexport.errors import BundleError
+from dinoexport.errors import BuildError, BundleError
 from dinoexport.memory import release
 from dinoexport.targets.base import Cut, RunResult, Runtime, artifact_bytes, plain, whole
 from dinoexport.targets.onnx.exact import to_exact_precision_
@@ -142,12 +142,23 @@ class OnnxRuntime(Runtime):
 
 
 def _rewrite(path: Path, to: Path, outputs: list[str], exact: bool) -> None:
-    """Write a model with further outputs, or in its exact form, or both."""
+    """Write a model with further outputs, or in its exact form, or both.
+
+    Raises:
+        BundleError: the model cannot be read, or has no such values.
+        BuildError: the temporary folder is full. Of the bundle's folder nothing is wrong.
+    """
     model = load(path)
     if exact:
         to_exact_precision_(model)
     _add_outputs_(model, outputs, path)
-    to.write_bytes(model.SerializeToString())
+    try:
+        to.write_bytes(model.SerializeToString())
+    except OSError as error:
+        raise BuildError(
+            f"onnx: {to.parent.parent}: a temporary model of {model.ByteSize() / 2**20:.0f} MiB "
+            f"cannot be written: {error.strerror}. Free some space or set TMPDIR to another folder."
+        ) from error
 
 
 def _add_outputs_(model: ModelProto, names: list[str], path: Path) -> None:
