@@ -14,6 +14,8 @@ from dinotrain.backbones.convnets.table import build_convnet
 from dinotrain.backbones.convnets.weights import save_convnet
 from dinotrain.backbones.vit import VisionTransformer, ViTConfig, init_weights_
 from dinotrain.backbones.weights import save_backbone
+from dinotrain.heads.branch import HeadConfig
+from dinotrain.train_config import TrainConfig
 
 COLUMNS = ("subject_id", "eye", "gaze", "path", "mrd1_mm", "mrd2_mm", "lf_mm", "split")
 
@@ -64,3 +66,25 @@ def tiny_eyes(tmp_path_factory) -> Path:
     with (folder / "manifest.csv").open("w", newline="") as text:
         csv.writer(text).writerows([COLUMNS, *rows])
     return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Return the folder of features that runs of one module share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def config(tiny_eyes, tiny_backbone, cache, tmp_path) -> TrainConfig:
+    """Return a short run: an MLP on the small backbone."""
+    return TrainConfig(
+        data=tiny_eyes,
+        backbone=str(tiny_backbone),
+        out=tmp_path / "model.safetensors",
+        image_size=(28, 28),
+        head=HeadConfig(hidden=16),
+        batch_size=8,
+        epochs=4,
+        cache=cache,
+        device="cpu",
+    )

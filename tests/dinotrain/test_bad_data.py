@@ -4,15 +4,14 @@ import csv
 import shutil
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
+from msgspec.structs import replace
 
 from dinotrain import loop
 from dinotrain.checkpoint import load_checkpoint, read_config
 from dinotrain.errors import DataError, UsageError
 from dinotrain.fit import evaluate, train
-from dinotrain.heads.branch import HeadConfig
 from dinotrain.probe import probe
 from dinotrain.train_config import TrainConfig
 
@@ -26,11 +25,6 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def eyes(tiny_eyes, tmp_path) -> Path:
     """Return a folder of eyes that a test may spoil."""
@@ -38,23 +32,8 @@ def eyes(tiny_eyes, tmp_path) -> Path:
 
 
 @pytest.fixture
-def config(eyes, tiny_backbone, cache, tmp_path) -> TrainConfig:
-    return TrainConfig(
-        data=eyes,
-        backbone=str(tiny_backbone),
-        out=tmp_path / "model.safetensors",
-        image_size=(28, 28),
-        head=HeadConfig(hidden=16),
-        batch_size=6,
-        epochs=2,
-        schedule="constant",
-        cache=cache,
-        device="cpu",
-    )
-
-
-def change(config: TrainConfig, **fields) -> TrainConfig:
-    return msgspec.structs.replace(config, **fields)
+def config(config: TrainConfig, eyes: Path) -> TrainConfig:
+    return replace(config, data=eyes, batch_size=6, epochs=2, schedule="constant")
 
 
 def edit(folder: Path, column: str, text: str, subjects: set[str] | None = None) -> None:
@@ -84,7 +63,7 @@ def test_eyes_without_any_label_are_masked(config, eyes, way):
     for column in ("mrd1_mm", "mrd2_mm", "lf_mm"):
         edit(eyes, column, "nan", {"s0", "s1", "s3"})
     # One eye a batch: some have no label at all.
-    path = train(change(config, batch_size=1, epochs=1, **WAYS[way]))
+    path = train(replace(config, batch_size=1, epochs=1, **WAYS[way]))
     log = read_config(path).training["log"]
     assert torch.tensor(log["loss"]).isfinite().all()
     load_checkpoint(path)
@@ -94,7 +73,7 @@ def test_eyes_without_any_label_are_masked(config, eyes, way):
 def test_a_target_without_labels_is_refused(config, eyes, way):
     edit(eyes, "lf_mm", "")
     with pytest.raises(DataError, match=r"lf_mm has 0 labels among the training samples"):
-        train(change(config, **WAYS[way]))
+        train(replace(config, **WAYS[way]))
     assert not config.out.exists()
 
 
@@ -107,7 +86,7 @@ def test_unreadable_pictures_stop_a_run_before_it_starts(config, eyes, way):
         cut(eyes / name)
     told = []
     with pytest.raises(DataError) as caught:
-        train(change(config, **WAYS[way]), lambda *event: told.append(event[0]))
+        train(replace(config, **WAYS[way]), lambda *event: told.append(event[0]))
     for text in ("3 problems", "0_up.png", "5_primary.png", "8_down.png", "row ", "--skip"):
         assert text in str(caught.value)
     assert not {"features", "training"} & set(told)
@@ -118,7 +97,7 @@ def test_a_run_can_go_on_without_them(config, eyes, cache, way):
     for name in ("0_up.png", "5_primary.png"):
         cut(eyes / name)
     notes = []
-    skipping = change(config, skip_unreadable=True, report=True, **WAYS[way])
+    skipping = replace(config, skip_unreadable=True, report=True, **WAYS[way])
     path = train(skipping, lambda stage, done, total, note="": notes.append(note))
     assert "left out 2 pictures that cannot be read:" in notes
     assert any("0_up.png" in note and "keeps its other pictures" in note for note in notes)
@@ -159,7 +138,7 @@ def test_a_probe_can_go_on_without_them(tmp_path, tiny_eyes, tiny_backbone, cach
     )
     with pytest.raises(DataError, match=r"up/3_up.png: the picture is truncated"):
         probe(config, iterations=2)
-    result = probe(change(config, skip_unreadable=True), iterations=2)
+    result = probe(replace(config, skip_unreadable=True), iterations=2)
     assert read_config(result.path).training["skipped"] == 1
 
 
@@ -184,13 +163,13 @@ def spoil(monkeypatch, call: int) -> list[set[str]]:
 def test_a_nan_loss_stops_names_its_batch_and_keeps_the_last_good_weights(
     config, monkeypatch, tmp_path, way
 ):
-    recipe = change(config, **WAYS[way])
-    good = train(change(recipe, epochs=1))
+    recipe = replace(config, **WAYS[way])
+    good = train(replace(recipe, epochs=1))
     # Three batches an epoch: the fifth is the second of the second epoch.
     batches = spoil(monkeypatch, call=5)
     told = []
     path = train(
-        change(recipe, out=tmp_path / "b.safetensors"),
+        replace(recipe, out=tmp_path / "b.safetensors"),
         lambda stage, done, total, note="": told.append(note),
     )
     stopped = read_config(path).training["stopped"]

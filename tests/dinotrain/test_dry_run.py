@@ -3,10 +3,10 @@
 import math
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from PIL import Image
 
 from dinotrain.backbones import load_backbone
@@ -21,22 +21,10 @@ from dinotrain.train_config import TrainConfig
 
 
 @pytest.fixture
-def config(tiny_eyes, tiny_backbone, tmp_path):
-    return TrainConfig(
-        data=tiny_eyes,
-        backbone=str(tiny_backbone),
-        out=tmp_path / "run" / "model.safetensors",
-        image_size=(28, 28),
-        head=HeadConfig(hidden=16),
-        batch_size=8,
-        epochs=2,
-        cache=tmp_path / "cache",
-        device="cpu",
-    )
-
-
-def change(config: TrainConfig, **fields) -> TrainConfig:
-    return msgspec.structs.replace(config, **fields)
+def config(config: TrainConfig, tmp_path: Path) -> TrainConfig:
+    """Return a run whose folders do not exist yet."""
+    out = tmp_path / "run" / "model.safetensors"
+    return replace(config, out=out, epochs=2, cache=tmp_path / "cache")
 
 
 def disk_bytes(folder: Path) -> int:
@@ -53,7 +41,7 @@ def disk_bytes(folder: Path) -> int:
     ids=["vector", "copies in half precision", "pyramid"],
 )
 def test_the_run_is_what_was_said(config, fields, tmp_path):
-    config = change(config, **fields)
+    config = replace(config, **fields)
     plan = describe_run(config)
     assert list(tmp_path.iterdir()) == []
     train(config)
@@ -95,7 +83,7 @@ def real_shapes(config: TrainConfig, model: TaskModel) -> tuple[list, list]:
     [("mlp", "cls4_mean"), ("query", "tokens"), ("ensemble", "sfp"), ("linear", "cls_quarters")],
 )
 def test_shapes_are_those_of_the_model(config, head, features):
-    config = change(config, head=HeadConfig(kind=head), features=FeatureConfig(kind=features))
+    config = replace(config, head=HeadConfig(kind=head), features=FeatureConfig(kind=features))
     plan = describe_run(config)
     backbone = load_backbone(config.backbone)
     model = build_model(decide(config, backbone), backbone).eval()
@@ -108,14 +96,14 @@ def test_shapes_are_those_of_the_model(config, head, features):
 
 
 def test_a_backbone_that_trains_keeps_no_features(config):
-    plan = describe_run(change(config, mode="finetune"))
+    plan = describe_run(replace(config, mode="finetune"))
     assert plan["cache"] is None
     assert plan["parameters"]["trained"] == plan["parameters"]["whole"]
 
 
 def test_shapes_of_a_convnet(config, tiny_convnet):
     plan = describe_run(
-        change(
+        replace(
             config,
             backbone=str(tiny_convnet),
             image_size=(32, 32),
@@ -189,4 +177,4 @@ def test_classes_are_counted(tmp_path, tiny_backbone):
 )
 def test_what_the_run_would_refuse_is_refused(config, fields, error, message):
     with pytest.raises(error, match=message):
-        describe_run(change(config, **fields))
+        describe_run(replace(config, **fields))

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from dinotrain import fit, loop
 from dinotrain.backbones import load_backbone
@@ -21,32 +22,7 @@ from dinotrain.errors import CheckpointError, DataError, ShapeError, UsageError
 from dinotrain.fit import evaluate, train
 from dinotrain.heads.branch import HeadConfig
 from dinotrain.heads.pool import FeatureConfig
-from dinotrain.train_config import TrainConfig
 from dinotrain.training_state import state_path
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def config(tiny_eyes, tiny_backbone, cache, tmp_path):
-    return TrainConfig(
-        data=tiny_eyes,
-        backbone=str(tiny_backbone),
-        out=tmp_path / "model.safetensors",
-        image_size=(28, 28),
-        head=HeadConfig(hidden=16),
-        batch_size=8,
-        epochs=4,
-        cache=cache,
-        device="cpu",
-    )
-
-
-def change(config: TrainConfig, **fields) -> TrainConfig:
-    return msgspec.structs.replace(config, **fields)
 
 
 class KilledError(Exception):
@@ -83,7 +59,7 @@ def test_a_run_ends_in_one_checkpoint_that_tells_its_story(config, tiny_backbone
 
 def test_stored_metrics_are_those_of_the_stored_weights(config, tiny_eyes, cache):
     """The deployed path (pixels in, no cache, no placeholders code) agrees with the metrics."""
-    path = train(change(config, weights="float16"))
+    path = train(replace(config, weights="float16"))
     found = read_config(path)
     again = evaluate(path, tiny_eyes, cache=cache)
     assert again["targets"] == found.metrics["test"]
@@ -108,7 +84,7 @@ def test_stored_metrics_are_those_of_the_stored_weights(config, tiny_eyes, cache
 
 
 def test_it_learns_what_the_features_hold(config):
-    path = train(change(config, epochs=150, patience=150, lr=5e-3, input_drop=0.0))
+    path = train(replace(config, epochs=150, patience=150, lr=5e-3, input_drop=0.0))
     metrics = read_config(path).metrics["val"]
     # A random backbone still sees a bar's edge; the mean predictor does not.
     for name in ("mrd1_mm", "mrd2_mm"):
@@ -117,10 +93,10 @@ def test_it_learns_what_the_features_hold(config):
 
 @pytest.mark.parametrize("mode", ["frozen", "finetune"])
 def test_the_overlap_of_gradients_is_reported_and_changes_nothing(config, mode, tmp_path):
-    config = change(config, mode=mode, epochs=2)
+    config = replace(config, mode=mode, epochs=2)
     told = []
-    with_it = train(change(config, orthogonality="grad"), lambda *args: told.append(args[3:]))
-    without = train(change(config, orthogonality="none", out=tmp_path / "none.safetensors"))
+    with_it = train(replace(config, orthogonality="grad"), lambda *args: told.append(args[3:]))
+    without = train(replace(config, orthogonality="none", out=tmp_path / "none.safetensors"))
     story = read_config(with_it).training
     assert len(story["log"]["gradient_overlap"]) == 2
     assert all(0 < value < 1 for value in story["log"]["gradient_overlap"])
@@ -142,7 +118,7 @@ def test_the_overlap_of_gradients_is_reported_and_changes_nothing(config, mode, 
     ],
 )
 def test_it_learns_in_every_encoding(config, kind, loss):
-    config = change(
+    config = replace(
         config,
         encoding=Encoding(kind=kind, bits=5),
         loss=loss,
@@ -160,11 +136,11 @@ def test_it_learns_in_every_encoding(config, kind, loss):
 @pytest.mark.parametrize("kind", ["plain", "gray"])
 @pytest.mark.parametrize("head", ["linear", "ensemble"])
 def test_a_head_starts_at_the_mean_of_the_labels(config, tiny_eyes, tiny_backbone, kind, head):
-    config = change(config, encoding=Encoding(kind=kind), head=HeadConfig(kind=head))
+    config = replace(config, encoding=Encoding(kind=kind), head=HeadConfig(kind=head))
     model = fit.build_model(config, load_backbone(tiny_backbone)).eval()
     dataset = model.task.read(tiny_eyes, image_size=(28, 28)).split("train")
     labels = dataset.labels(["mrd1", "mrd2", "lf"])
-    model.task.objective(change(config, loss="bce"), model).start_(labels)
+    model.task.objective(replace(config, loss="bce"), model).start_(labels)
     for weight in model.head.output_weights():
         weight.data.zero_()
     features = {i.name: torch.randn(1, model.pool.width) for i in model.task.inputs}
@@ -203,16 +179,16 @@ RECIPES = {
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_a_resumed_run_gives_the_same_bytes(config, tmp_path, recipe):
-    config = change(config, **recipe)
+    config = replace(config, **recipe)
     whole = train(config)
     wanted = digest(whole)
     out = tmp_path / "again" / "model.safetensors"
-    broken = change(config, out=out)
+    broken = replace(config, out=out)
     for epoch in (1, 3):
         with pytest.raises(KilledError):
             train(broken, kill_after(epoch))
         assert not out.exists()
-        broken = change(broken, resume=True)
+        broken = replace(broken, resume=True)
     # The outside random state must not matter.
     torch.manual_seed(99)
     assert digest(train(broken)) == wanted
@@ -221,7 +197,7 @@ def test_a_resumed_run_gives_the_same_bytes(config, tmp_path, recipe):
 
 def test_another_seed_gives_other_weights(config, tmp_path):
     first = load_checkpoint(train(config))[0].head.state_dict()
-    other = change(config, seed=1, out=tmp_path / "other.safetensors")
+    other = replace(config, seed=1, out=tmp_path / "other.safetensors")
     second = load_checkpoint(train(other))[0].head.state_dict()
     assert not any(torch.equal(first[k], second[k]) for k in first if k.endswith("4.weight"))
 
@@ -230,25 +206,25 @@ def test_resuming_with_other_choices_is_refused(config, tiny_eyes, tmp_path):
     with pytest.raises(KilledError):
         train(config, kill_after(1))
     with pytest.raises(UsageError, match=r"had lr = 0\.001, this one has 0\.002"):
-        train(change(config, lr=2e-3, resume=True))
+        train(replace(config, lr=2e-3, resume=True))
     with pytest.raises(UsageError, match="had epochs = 4, this one has 5"):
-        train(change(config, epochs=5, resume=True))
+        train(replace(config, epochs=5, resume=True))
     copy = tmp_path / "copy"
     copy.mkdir()
     for file in tiny_eyes.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     # The same data at another place are the same data.
     with pytest.raises(KilledError):
-        train(change(config, data=copy, resume=True), kill_after(2))
+        train(replace(config, data=copy, resume=True), kill_after(2))
     table = copy / "manifest.csv"
     table.write_text(table.read_text().replace("s0,L", "s99,L"))
     with pytest.raises(UsageError, match="had data ="):
-        train(change(config, data=copy, resume=True))
+        train(replace(config, data=copy, resume=True))
 
 
 def test_nothing_to_resume(config):
     with pytest.raises(UsageError, match="no interrupted training"):
-        train(change(config, resume=True))
+        train(replace(config, resume=True))
 
 
 @pytest.mark.parametrize("keep", [0, 50, -40])
@@ -258,7 +234,7 @@ def test_a_damaged_state_is_refused(config, keep):
     state = state_path(config.out)
     state.write_bytes(state.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match="damaged"):
-        train(change(config, resume=True))
+        train(replace(config, resume=True))
 
 
 SCRIPT = """
@@ -276,7 +252,7 @@ def test_a_killed_process_leaves_the_old_output_and_goes_on(config):
     """SIGKILL in the middle of an epoch: the hard case that no handler sees."""
     path = train(config)
     before = path.read_bytes()
-    long = change(config, epochs=3000, patience=3000)
+    long = replace(config, epochs=3000, patience=3000)
     text = msgspec.json.encode(long, enc_hook=str).decode()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -299,13 +275,15 @@ def test_a_killed_process_leaves_the_old_output_and_goes_on(config):
             raise KilledError
 
     with pytest.raises(KilledError):
-        train(change(long, resume=True), progress)
+        train(replace(long, resume=True), progress)
     assert told[-1][1] > 3
 
 
 def test_training_stops_without_progress(config):
     # A step of 1e-30 is below the last digit of every weight.
-    path = train(change(config, epochs=60, patience=2, lr=1e-30, schedule="constant", input_drop=0))
+    path = train(
+        replace(config, epochs=60, patience=2, lr=1e-30, schedule="constant", input_drop=0)
+    )
     story = read_config(path).training
     assert len(story["log"]["epoch"]) < 60
     assert story["stopped"].startswith("no better validation error since epoch")
@@ -313,7 +291,7 @@ def test_training_stops_without_progress(config):
 
 
 def test_the_best_weights_are_kept(config, tiny_eyes, cache):
-    path = train(change(config, epochs=30, lr=0.05, schedule="constant", patience=30))
+    path = train(replace(config, epochs=30, lr=0.05, schedule="constant", patience=30))
     story = read_config(path).training
     best = min(story["log"]["val_error"])
     assert story["log"]["val_error"][story["best_epoch"] - 1] == best
@@ -337,13 +315,13 @@ def spoil(monkeypatch, after: int):
 
 
 def test_a_nan_loss_keeps_the_last_good_weights(config, monkeypatch, tmp_path):
-    good = train(change(config, epochs=4, schedule="constant"))
+    good = train(replace(config, epochs=4, schedule="constant"))
     # Three batches per epoch: batch 8 is the second of epoch 3.
     spoil(monkeypatch, after=7)
     told = []
     out = tmp_path / "b.safetensors"
     path = train(
-        change(config, out=out, schedule="constant"),
+        replace(config, out=out, schedule="constant"),
         lambda stage, done, total, note="": told.append(note),
     )
     story = read_config(path).training
@@ -376,11 +354,11 @@ def test_a_last_batch_that_ruins_the_weights_is_noticed(config, monkeypatch):
 
     monkeypatch.setattr(loop.Run, "_loss", loss)
     with pytest.raises(UsageError, match="weights are not finite after epoch 1, batch 1"):
-        train(change(config, batch_size=32))
+        train(replace(config, batch_size=32))
 
 
 def test_withheld_gazes_train_the_placeholders(config, tmp_path):
-    model, _ = load_checkpoint(train(change(config, input_drop=0.5)))
+    model, _ = load_checkpoint(train(replace(config, input_drop=0.5)))
     assert set(model.placeholders) == {"up", "down"}
     assert all(bool(p.any()) for p in model.placeholders.values())
 
@@ -399,7 +377,7 @@ def without(folder, tmp_path, edit):
 
 def test_without_validation_samples_the_last_weights_are_kept(config, tiny_eyes, tmp_path):
     data = without(tiny_eyes, tmp_path, lambda cells: None if cells[7] == "val" else cells)
-    found = read_config(train(change(config, data=data)))
+    found = read_config(train(replace(config, data=data)))
     assert set(found.metrics) == {"test"}
     assert found.training["best_epoch"] == 4
     with pytest.raises(DataError, match="no sample is in the split 'val'"):
@@ -412,19 +390,19 @@ def test_a_target_without_labels_is_refused(config, tiny_eyes, tmp_path):
 
     data = without(tiny_eyes, tmp_path, blank)
     with pytest.raises(DataError, match="lf_mm has 0 labels among the training samples"):
-        train(change(config, data=data))
+        train(replace(config, data=data))
 
 
 def test_synthetic_data_and_backbones_are_named(config, tiny_eyes, tmp_path):
     data = without(tiny_eyes, tmp_path, lambda cells: cells)
     (data / "dataset.json").write_text(json.dumps({"generator": "bars", "seed": 0}))
-    first = train(change(config, data=data, backbone_note="random, synthetic"))
+    first = train(replace(config, data=data, backbone_note="random, synthetic"))
     found = read_config(first)
     assert found.notice.startswith("Trained on synthetic images only")
     assert found.trained_on.startswith("synthetic (bars, seed 0), 30 samples")
     # Its backbone goes on to real data, and its origin goes with it.
     second = train(
-        change(config, backbone=str(first), out=tmp_path / "second.safetensors", epochs=1)
+        replace(config, backbone=str(first), out=tmp_path / "second.safetensors", epochs=1)
     )
     found = read_config(second)
     assert found.trained_on.endswith("backbone: tiny.safetensors (random, synthetic)")
@@ -433,7 +411,7 @@ def test_synthetic_data_and_backbones_are_named(config, tiny_eyes, tmp_path):
 
 def test_an_image_size_that_patches_do_not_tile(config):
     with pytest.raises(ShapeError, match="multiple"):
-        train(change(config, image_size=(30, 28)))
+        train(replace(config, image_size=(30, 28)))
 
 
 @pytest.mark.parametrize(
@@ -455,7 +433,7 @@ def test_an_image_size_that_patches_do_not_tile(config):
 )
 def test_choices_that_cannot_train(config, fields, message):
     with pytest.raises(UsageError, match=message):
-        change(config, **fields)
+        replace(config, **fields)
 
 
 @pytest.mark.parametrize(
@@ -470,5 +448,5 @@ def test_choices_that_cannot_train(config, fields, message):
 )
 def test_losses_that_do_not_fit(config, fields, message):
     with pytest.raises(UsageError, match=message):
-        train(change(config, **fields))
+        train(replace(config, **fields))
     assert not config.out.exists()

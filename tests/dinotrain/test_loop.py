@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from dinotrain.checkpoint import load_checkpoint, read_config
 from dinotrain.digests import digest
@@ -21,28 +22,9 @@ from dinotrain.train_config import TrainConfig
 from dinotrain.training_state import state_path
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def config(tiny_eyes, tiny_backbone, cache, tmp_path):
-    return TrainConfig(
-        data=tiny_eyes,
-        backbone=str(tiny_backbone),
-        out=tmp_path / "model.safetensors",
-        image_size=(28, 28),
-        head=HeadConfig(hidden=16, dropout=0.0),
-        batch_size=6,
-        epochs=3,
-        cache=cache,
-        device="cpu",
-    )
-
-
-def change(config: TrainConfig, **fields) -> TrainConfig:
-    return msgspec.structs.replace(config, **fields)
+def config(config: TrainConfig) -> TrainConfig:
+    return replace(config, head=HeadConfig(hidden=16, dropout=0.0), batch_size=6, epochs=3)
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -62,7 +44,7 @@ FINETUNE = {"mode": "finetune", "backbone_lr": 1e-3, "augment": True}
 
 def test_fine_tuning_moves_the_backbone_and_late_layers_most(config, tmp_path):
     frozen = tensors(train(config))
-    path = train(change(config, out=tmp_path / "b.safetensors", layer_decay=0.3, **FINETUNE))
+    path = train(replace(config, out=tmp_path / "b.safetensors", layer_decay=0.3, **FINETUNE))
     tuned = tensors(path)
     names = [f"backbone.blocks.{i}.mlp.fc1.weight" for i in range(4)]
     steps = [(tuned[name] - frozen[name]).abs().max() for name in names]
@@ -92,22 +74,22 @@ class KilledError(Exception):
     ids=["fine-tuned", "augmented features", "restarts and accumulation"],
 )
 def test_a_resumed_run_gives_the_same_bytes(config, tmp_path, recipe):
-    recipe = change(config, **recipe)
+    recipe = replace(config, **recipe)
     whole = train(recipe)
 
     def kill(stage, done, total, note=""):
         if stage == "training" and done == 2:
             raise KilledError
 
-    cut = change(recipe, out=tmp_path / "cut.safetensors", name=read_config(whole).name)
+    cut = replace(recipe, out=tmp_path / "cut.safetensors", name=read_config(whole).name)
     with pytest.raises(KilledError):
         train(cut, kill)
     assert state_path(cut.out).is_file()
-    assert digest(train(change(cut, resume=True))) == digest(whole)
+    assert digest(train(replace(cut, resume=True))) == digest(whole)
 
 
 def test_metrics_of_a_fine_tuned_model_are_those_of_its_file(config, tiny_eyes, cache):
-    path = train(change(config, weights="float16", **FINETUNE))
+    path = train(replace(config, weights="float16", **FINETUNE))
     found = evaluate(path, tiny_eyes, cache=cache)["targets"]
     for name, metrics in read_config(path).metrics["test"].items():
         # Batches of another size: float32 sums in another order.
@@ -117,16 +99,16 @@ def test_metrics_of_a_fine_tuned_model_are_those_of_its_file(config, tiny_eyes, 
 def test_accumulated_batches_are_one_step(config, tmp_path):
     """Without dropout, and where all batches count alike, k small batches are one large one."""
     plain = {"optimizer": "sgd", "lr": 0.01, "input_drop": 0.0, "schedule": "constant", "epochs": 1}
-    labelled = change(
+    labelled = replace(
         config,
         **plain,
         or_lambda=0.0,
-        encoding=msgspec.structs.replace(config.encoding, kind="scalar"),
+        encoding=replace(config.encoding, kind="scalar"),
         loss="mse",
     )
-    one = tensors(train(change(labelled, batch_size=18)))
-    parts = train(change(labelled, batch_size=9, accumulate=2, out=tmp_path / "b.safetensors"))
-    apart = train(change(labelled, batch_size=9, out=tmp_path / "c.safetensors"))
+    one = tensors(train(replace(labelled, batch_size=18)))
+    parts = train(replace(labelled, batch_size=9, accumulate=2, out=tmp_path / "b.safetensors"))
+    apart = train(replace(labelled, batch_size=9, out=tmp_path / "c.safetensors"))
     name = "head.members.0.mrd.4.weight"
     step = (tensors(apart)[name] - one[name]).abs().max()
     # Three eyes lack a label, so halves do not weigh quite alike.
@@ -134,17 +116,17 @@ def test_accumulated_batches_are_one_step(config, tmp_path):
 
 
 def test_a_clipped_gradient_takes_small_steps(config, tmp_path):
-    recipe = change(config, optimizer="sgd", lr=0.1, epochs=1, schedule="constant")
-    one = tensors(train(change(recipe, epochs=1, lr=1e-9)))
-    free = tensors(train(change(recipe, out=tmp_path / "b.safetensors")))
-    held = tensors(train(change(recipe, clip_norm=1e-3, out=tmp_path / "c.safetensors")))
+    recipe = replace(config, optimizer="sgd", lr=0.1, epochs=1, schedule="constant")
+    one = tensors(train(replace(recipe, epochs=1, lr=1e-9)))
+    free = tensors(train(replace(recipe, out=tmp_path / "b.safetensors")))
+    held = tensors(train(replace(recipe, clip_norm=1e-3, out=tmp_path / "c.safetensors")))
     name = "head.members.0.mrd.4.weight"
     assert (held[name] - one[name]).norm() < 0.1 * (free[name] - one[name]).norm()
 
 
 @pytest.mark.parametrize("live", [False, True])
 def test_batch_norm_statistics_stay_unless_asked_for(config, tiny_convnet, tmp_path, live):
-    recipe = change(
+    recipe = replace(
         config,
         backbone=str(tiny_convnet),
         image_size=(32, 32),
@@ -152,8 +134,8 @@ def test_batch_norm_statistics_stay_unless_asked_for(config, tiny_convnet, tmp_p
         epochs=1,
         **FINETUNE,
     )
-    start = tensors(train(change(recipe, mode="frozen")))
-    names = moved(train(change(recipe, out=tmp_path / "b.safetensors")), start)
+    start = tensors(train(replace(recipe, mode="frozen")))
+    names = moved(train(replace(recipe, out=tmp_path / "b.safetensors")), start)
     statistics = {n for n in start if n.endswith(("running_mean", "running_var"))}
     assert statistics
     assert bool(names & statistics) == live
@@ -163,14 +145,14 @@ def test_batch_norm_statistics_stay_unless_asked_for(config, tiny_convnet, tmp_p
 def test_two_processes_draw_the_curve_of_one(config, tmp_path):
     """The same global batch: the same losses, up to the order of float32 sums."""
     for recipe in ({"mode": "frozen"}, FINETUNE):
-        one = change(config, out=tmp_path / "one.safetensors", batch_size=7, **recipe)
+        one = replace(config, out=tmp_path / "one.safetensors", batch_size=7, **recipe)
         wanted = losses(train(one))
-        two = change(one, out=tmp_path / "two.safetensors", devices=2, cache=tmp_path / "cache")
+        two = replace(one, out=tmp_path / "two.safetensors", devices=2, cache=tmp_path / "cache")
         run_elsewhere(two, tmp_path)
         found = losses(two.out)
         np.testing.assert_allclose(found, wanted, rtol=2e-5)
         # The planted fault: a process that trained on its half alone would be far off.
-        half = change(one, out=tmp_path / "half.safetensors", batch_size=4)
+        half = replace(one, out=tmp_path / "half.safetensors", batch_size=4)
         assert np.abs(np.array(losses(train(half))) / wanted - 1).max() > 1e-3
 
 
@@ -203,18 +185,18 @@ def test_strategies_that_are_not_to_be_had(config):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(UsageError, match=r"fsdp shards over GPUs, and there is none\. Use ddp"):
-        train(change(config, strategy="fsdp"))
+        train(replace(config, strategy="fsdp"))
     with pytest.raises(UsageError, match="amp float16 needs a GPU"):
-        train(change(config, amp="float16"))
+        train(replace(config, amp="float16"))
 
 
 def test_bfloat16_trains(config):
-    path = train(change(config, amp="bfloat16", epochs=2))
+    path = train(replace(config, amp="bfloat16", epochs=2))
     assert all(np.isfinite(losses(path)))
 
 
 def test_a_page_and_events_are_written_beside(config, tmp_path):
-    path = train(change(config, report=True, events=tmp_path / "events", epochs=2))
+    path = train(replace(config, report=True, events=tmp_path / "events", epochs=2))
     page = path.with_suffix(".html").read_text(encoding="utf-8")
     for text in ("Training", "Validation: ", "Test: ", "mrd1_mm", "not a medical device", "bit 8"):
         assert text in page
@@ -224,7 +206,7 @@ def test_a_page_and_events_are_written_beside(config, tmp_path):
 
 def test_bits_are_judged_on_test_samples(config, tiny_eyes, cache):
     """Against the decoder's own probabilities of the plain code, bit by bit."""
-    recipe = change(config, encoding=msgspec.structs.replace(config.encoding, kind="plain", bits=3))
+    recipe = replace(config, encoding=replace(config.encoding, kind="plain", bits=3))
     path = train(recipe)
     found = read_config(path).training["bit_calibration_error"]
     model = load_checkpoint(path)[0]
@@ -244,5 +226,5 @@ def test_bits_are_judged_on_test_samples(config, tiny_eyes, cache):
         ]
         # Rounded to four digits in the header.
         assert found["mrd1_mm"][bit] == pytest.approx(sum(gaps), abs=1e-4)
-    scalar = change(config, encoding=msgspec.structs.replace(config.encoding, kind="scalar"))
+    scalar = replace(config, encoding=replace(config.encoding, kind="scalar"))
     assert read_config(train(scalar)).training["bit_calibration_error"] == {}

@@ -1,5 +1,6 @@
 """Pictures, and what the trained model itself measures on them."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from dinotrain.checkpoint import load_checkpoint
 from dinotrain.tasks import get_task
 
 Eyes = list[dict[str, np.ndarray]]
+Damaged = Callable[..., Path]
 COUNT = 3
 
 
@@ -37,3 +39,27 @@ def measured(tiny_checkpoint: Path, eyes: Eyes) -> list[dict[str, float]]:
     # More than the budgets: a constant would not pass for a measurement.
     assert (spread > 0.1).all(), spread
     return rows
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Damaged:
+    """Damage a copy of a file: ``damaged(file, how, own)``, of own contents by name."""
+
+    def make(file: Path, how: str, own: Mapping[str, bytes]) -> Path:
+        content = file.read_bytes()
+        path = tmp_path / f"damaged{file.suffix}"
+        if how == "missing":
+            return path
+        contents = {
+            "empty": b"",
+            "text": b"this is no model at all\n" * 40,
+            "zeros": bytes(len(content)),
+            "start": content[:300],
+            "half": content[: len(content) // 2],
+            "almost": content[:-100],
+            **own,
+        }
+        path.write_bytes(contents[how])
+        return path
+
+    return make

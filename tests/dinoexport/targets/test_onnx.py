@@ -268,24 +268,6 @@ def test_a_session_reads_the_metadata(file):
 # --- damage --------------------------------------------------------------------------------------
 
 
-def damaged(file: Path, folder: Path, how: str) -> Path:
-    content = file.read_bytes()
-    path = folder / "damaged.onnx"
-    if how == "missing":
-        return path
-    changes = {
-        "empty": b"",
-        "text": b"this is no model at all\n" * 40,
-        "zeros": bytes(len(content)),
-        "start": content[:300],
-        "half": content[: len(content) // 2],
-        "almost": content[:-100],
-        "no-graph": ModelProto(ir_version=10).SerializeToString(),
-    }
-    path.write_bytes(changes[how])
-    return path
-
-
 def opened(path: Path) -> dict[str, Callable[[], object]]:
     """Every way in which the target reads a file."""
     target = get_target("onnx")
@@ -303,8 +285,9 @@ def opened(path: Path) -> dict[str, Callable[[], object]]:
 @pytest.mark.parametrize(
     "how", ["missing", "empty", "text", "zeros", "start", "half", "almost", "no-graph"]
 )
-def test_a_damaged_file_is_one_line(built, tmp_path, how):
-    path = damaged(open_bundle(built("onnx", "fp16")).artifact, tmp_path, how)
+def test_a_damaged_file_is_one_line(built, damaged, how):
+    own = {"no-graph": ModelProto(ir_version=10).SerializeToString()}
+    path = damaged(open_bundle(built("onnx", "fp16")).artifact, how, own)
     for call in opened(path).values():
         with pytest.raises(BundleError) as caught:
             call()

@@ -315,23 +315,6 @@ def test_the_runtime_keeps_the_order_of_the_manifest(file, eyes):
 # --- damage --------------------------------------------------------------------------------------
 
 
-def damaged(file: Path, folder: Path, how: str) -> Path:
-    content = file.read_bytes()
-    path = folder / "damaged.tflite"
-    if how == "missing":
-        return path
-    changes = {
-        "empty": b"",
-        "text": b"this is no model at all\n" * 40,
-        "zeros": bytes(len(content)),
-        "start": content[:300],
-        "half": content[: len(content) // 2],
-        "other-identifier": content[:4] + b"TFL2" + content[8:],
-    }
-    path.write_bytes(changes[how])
-    return path
-
-
 def opened(path: Path) -> dict[str, Callable[[], object]]:
     """Every way in which the target reads a file."""
     target = get_target("tflite")
@@ -358,8 +341,10 @@ def refusal(call: Callable[[], object], path: Path) -> None:
 @pytest.mark.parametrize(
     "how", ["missing", "empty", "text", "zeros", "start", "half", "other-identifier"]
 )
-def test_a_damaged_file_is_one_line(built, tmp_path, how):
-    path = damaged(open_bundle(built("tflite", "fp16")).artifact, tmp_path, how)
+def test_a_damaged_file_is_one_line(built, damaged, how):
+    file = open_bundle(built("tflite", "fp16")).artifact
+    content = file.read_bytes()
+    path = damaged(file, how, {"other-identifier": content[:4] + b"TFL2" + content[8:]})
     for call in opened(path).values():
         refusal(call, path)
 

@@ -1,28 +1,13 @@
 """One entry for every backbone: names, files told by their keys, and what is refused."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from dinotrain.backbones.convnets.backbone import ConvNet, init_weights_
-from dinotrain.backbones.convnets.config import CONVNETS, ConvNetConfig
-from dinotrain.backbones.convnets.table import build_convnet
-from dinotrain.backbones.convnets.weights import save_convnet
+from dinotrain.backbones.convnets.backbone import ConvNet
+from dinotrain.backbones.convnets.config import CONVNETS
 from dinotrain.backbones.loading import NAMES, load_backbone
 from dinotrain.backbones.vit import VARIANTS, VisionTransformer
 from dinotrain.errors import ShapeError, UsageError, WeightsError
-
-
-@pytest.fixture(scope="module")
-def tiny_convnet(tmp_path_factory) -> Path:
-    config = ConvNetConfig(name="tiny", family="seresnet", width=0.125, depth=0.1)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = init_weights_(build_convnet(config))
-    path = tmp_path_factory.mktemp("convnet") / "tiny.safetensors"
-    save_convnet(model, path)
-    return path
 
 
 def test_files_are_told_by_their_keys(tiny_backbone, tiny_convnet):
