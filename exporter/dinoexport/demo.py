@@ -6,7 +6,8 @@ from pathlib import Path
 from PIL import Image
 
 from dinoexport.console import Reporter
-from dinoexport.pipeline import BuildRequest, BuiltBundle, build
+from dinoexport.pipeline import BuiltBundle, build
+from dinoexport.plan import BuildRequest
 from dinoexport.predict import Prediction, predict_files
 from dinotrain.tasks import get_task
 

@@ -25,7 +25,8 @@ from dinoexport.manifest import (
     TapParity,
     Verdict,
 )
-from dinoexport.pipeline import BuildRequest, build
+from dinoexport.pipeline import build
+from dinoexport.plan import BuildRequest
 from dinotrain.backbones.vit import VisionTransformer, ViTConfig, init_weights_
 from dinotrain.checkpoint import CheckpointConfig, save_checkpoint
 from dinotrain.heads.branch import HeadConfig

@@ -12,8 +12,10 @@ from dinoexport.bundle import open_bundle
 from dinoexport.cli import app
 from dinoexport.cli.output import run_app
 from dinoexport.console import Reporter
-from dinoexport.pipeline import BuildRequest, build, verify_bundle
+from dinoexport.pipeline import build
+from dinoexport.plan import BuildRequest
 from dinoexport.predict import predict_files
+from dinoexport.reverify import verify_bundle
 from dinotrain.backbones.vit import ViTConfig, init_weights_
 from dinotrain.checkpoint import CheckpointConfig, load_checkpoint, save_checkpoint
 from dinotrain.heads.branch import HeadConfig

@@ -10,7 +10,8 @@ from PIL import Image
 
 from dinoexport.bundle import open_bundle
 from dinoexport.console import Reporter
-from dinoexport.pipeline import BuildRequest, build
+from dinoexport.pipeline import build
+from dinoexport.plan import BuildRequest
 from dinoexport.predict import predict_files
 from dinotrain.backbones.vit import ViTConfig, init_weights_
 from dinotrain.checkpoint import CheckpointConfig, load_checkpoint, save_checkpoint
@@ -137,7 +138,7 @@ def test_long_codes_with_absolute_intervals_pass_their_gates(tmp_path):
 
 def test_another_factor_fails_the_gate(bundles, checkpoint, tmp_path):
     """The planted fault: LF's factor 5 % larger, all weights the same."""
-    from dinoexport.pipeline import verify_bundle
+    from dinoexport.reverify import verify_bundle
 
     model, config = load_checkpoint(checkpoint)
     wide = msgspec.structs.replace(

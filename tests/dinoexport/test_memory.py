@@ -1,6 +1,7 @@
-"""What cannot end well is refused before work starts: memory, and formats of 2 GB."""
+"""What cannot end well is refused before work starts: memory, disk, and formats of 2 GB."""
 
 import gc
+import shutil
 import weakref
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from dinoexport import pipeline
 from dinoexport.console import Reporter
 from dinoexport.errors import BuildError
 from dinoexport.memory import WORTH_BYTES, free_bytes, release
-from dinoexport.pipeline import LEAST_COPIES, BuildRequest, build, plan_build
+from dinoexport.pipeline import LEAST_COPIES, build
+from dinoexport.plan import BuildRequest, plan_build
 from dinoexport.targets.tflite import graph
 
 
@@ -62,6 +64,28 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(
     if short:
         assert "of memory free, and a build of this model needs at least" in str(error.value)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_full_folder_is_refused_before_anything_is_loaded(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: int
+) -> None:
+    def load(_plan) -> None:
+        raise LookupError("loading")
+
+    # Three targets in float32, and 32 MiB for what comes with them.
+    free = 3 * weights(tiny_checkpoint) + 32 * 2**20 - short
+    usage = shutil._ntuple_diskusage(2 * free, free, free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+    monkeypatch.setattr(pipeline, "load_model", load)
+    request = BuildRequest("eyelid", "onnx", tmp_path, tiny_checkpoint, "fp16")
+    with pytest.raises(BuildError if short else LookupError) as error:
+        build(request, Reporter(enabled=False))
+    if short:
+        assert str(error.value).startswith(
+            f"{tmp_path}: {free / 2**20:.0f} MiB free, a build needs"
+        )
+        assert str(error.value).endswith("Free some space or give another --out.")
 
 
 def test_a_plan_says_what_a_format_cannot_hold(

@@ -11,7 +11,8 @@ from dinoexport.bundle import open_bundle
 from dinoexport.console import Reporter
 from dinoexport.graph.capture import capture_deploy
 from dinoexport.graph.deploy_norms import SafeNorm
-from dinoexport.pipeline import BuildPlan, BuildRequest, build, make_deploy_model, plan_build
+from dinoexport.pipeline import build, make_deploy_model
+from dinoexport.plan import BuildPlan, BuildRequest, plan_build
 from dinoexport.quantize.prepare import prepare_
 from dinoexport.targets.base import LowerOptions
 from dinoexport.targets.table import get_target

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 
 from dinoexport.console import Reporter
-from dinoexport.pipeline import BuildRequest, build, verify_bundle
+from dinoexport.pipeline import build
+from dinoexport.plan import BuildRequest
 from dinoexport.predict import predict_files
 from dinoexport.recipes import parse_recipe
+from dinoexport.reverify import verify_bundle
 from dinoexport.verify.parity import budget_of
 from dinotrain.backbones.convnets.backbone import init_weights_ as init_convnet_
 from dinotrain.backbones.convnets.config import ConvNetConfig

@@ -7,7 +7,8 @@ import pytest
 from dinoexport.bundle import open_bundle
 from dinoexport.console import Reporter
 from dinoexport.manifest import Verdict
-from dinoexport.pipeline import BuildRequest, CalibrationRequest, build
+from dinoexport.pipeline import build
+from dinoexport.plan import BuildRequest, CalibrationRequest
 from dinoexport.quantize.calibration import RECORD, read_record
 from dinoexport.recipes import PRECISIONS, parse_recipe
 from dinoexport.targets.table import TABLE, get_target

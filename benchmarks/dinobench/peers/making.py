@@ -49,7 +49,8 @@ def make_ours(candidate: Candidate, folder: Path, size: int, hot: bool) -> str:
     import tempfile
 
     from dinoexport.console import Reporter
-    from dinoexport.pipeline import BuildRequest, build
+    from dinoexport.pipeline import build
+    from dinoexport.plan import BuildRequest
     from dinotrain.errors import DinoError
 
     with tempfile.TemporaryDirectory(prefix="dinobench-", dir=folder) as out:

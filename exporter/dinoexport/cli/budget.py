@@ -10,7 +10,7 @@ from dinotrain.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
     from dinoexport.manifest import BudgetRecord
-    from dinoexport.pipeline import BuildRequest
+    from dinoexport.plan import BuildRequest
     from dinoexport.search.search import SearchResult
     from dinotrain.tasks.base import Task
 
@@ -41,7 +41,7 @@ def build_by_budget(
     """
     import dataclasses
 
-    from dinoexport.pipeline import plan_build
+    from dinoexport.plan import plan_build
     from dinotrain.tasks import get_task
 
     task = get_task(request.task)

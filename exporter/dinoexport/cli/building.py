@@ -71,8 +71,8 @@ def build(
     json: Json = False,
 ) -> None:
     """Turn a checkpoint into verified artifacts, one bundle per target."""
-    from dinoexport.pipeline import BuildRequest, CalibrationRequest, plan_build
     from dinoexport.pipeline import build as run_build
+    from dinoexport.plan import BuildRequest, CalibrationRequest, plan_build
 
     request = BuildRequest(
         task=task,
@@ -120,7 +120,7 @@ def verify(
     """Repeat the parity verdict of a bundle; files that were changed since are a FAIL."""
     from dinoexport.console import Reporter
     from dinoexport.errors import TamperedError
-    from dinoexport.pipeline import verify_bundle
+    from dinoexport.reverify import verify_bundle
 
     try:
         verdict = verify_bundle(bundle, reference, Reporter())
@@ -148,7 +148,8 @@ def reference(
 ) -> None:
     """Write what the PyTorch model gives, on a GPU where there is one, for `verify --reference`."""
     from dinoexport.console import Reporter
-    from dinoexport.pipeline import BuildRequest, plan_build, write_reference
+    from dinoexport.pipeline import write_reference
+    from dinoexport.plan import BuildRequest, plan_build
 
     check_file(out, ".safetensors")
     plan = plan_build(

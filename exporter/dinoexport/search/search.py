@@ -16,18 +16,11 @@ import numpy as np
 from dinoexport.bundle import artifact_digest
 from dinoexport.console import Reporter, quiet
 from dinoexport.errors import BuildError
+from dinoexport.facts import embedded_metadata, tool_versions
 from dinoexport.graph.capture import CapturedProgram, capture_deploy, recapture_
 from dinoexport.graph.deploy_model import DeployModel
-from dinoexport.pipeline import (
-    BuildPlan,
-    embedded_metadata,
-    load_model,
-    lowering,
-    make_deploy_model,
-    plan_build,
-    read_pictures,
-    tool_versions,
-)
+from dinoexport.pipeline import load_model, lowering, make_deploy_model, read_pictures
+from dinoexport.plan import BuildPlan, plan_build
 from dinoexport.quantize.calibration import Calibration
 from dinoexport.quantize.collect import calibrate
 from dinoexport.quantize.observers import get_observer

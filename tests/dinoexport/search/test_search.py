@@ -9,7 +9,8 @@ import pytest
 from dinoexport.bundle import artifact_digest, open_bundle
 from dinoexport.cli import app
 from dinoexport.cli.output import run_app
-from dinoexport.pipeline import BuildRequest, BuildResult, plan_build
+from dinoexport.pipeline import BuildResult
+from dinoexport.plan import BuildRequest, plan_build
 from dinoexport.search.search import Search
 from dinoexport.targets.onnx import OnnxTarget
 

@@ -9,7 +9,8 @@ import torch
 
 from dinoexport.bundle import open_bundle
 from dinoexport.console import Reporter
-from dinoexport.pipeline import BuildRequest, build
+from dinoexport.pipeline import build
+from dinoexport.plan import BuildRequest
 from dinoexport.recipes import parse_recipe
 from dinoexport.targets.base import Target
 from dinoexport.targets.table import TABLE, expand_targets, get_target

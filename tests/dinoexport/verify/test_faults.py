@@ -45,9 +45,11 @@ from dinoexport.graph.deploy_model import DeployModel
 from dinoexport.manifest import Verdict
 from dinoexport.passes.fold_normalisation import fold_normalisation_
 from dinoexport.passes.sequence import build_deploy_model
-from dinoexport.pipeline import BuildRequest, plan_build, verify_bundle, write_reference
+from dinoexport.pipeline import write_reference
+from dinoexport.plan import BuildRequest, plan_build
 from dinoexport.quantize.prepare import prepare_
 from dinoexport.recipes import parse_recipe
+from dinoexport.reverify import verify_bundle
 from dinoexport.targets.base import LowerOptions
 from dinoexport.targets.table import get_target
 from dinoexport.verify.parity import STRUCTURE_DB
