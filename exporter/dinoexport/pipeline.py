@@ -47,13 +47,8 @@ from dinoexport.report import render_report
 from dinoexport.targets.base import Target
 from dinoexport.targets.table import get_target
 from dinoexport.verify.parity import verify_artifact
-from dinoexport.verify.reference import (
-    Reference,
-    encode_reference,
-    make_reference,
-    pick_device,
-    with_deployed,
-)
+from dinoexport.verify.reference import Reference, make_reference, pick_device, with_deployed
+from dinoexport.verify.reference_file import encode_reference
 from dinotrain.checkpoint import load_checkpoint
 from dinotrain.digests import digest
 from dinotrain.errors import DinoError, UsageError

@@ -10,7 +10,8 @@ from dinoexport.manifest import Verdict
 from dinoexport.recipes import parse_recipe
 from dinoexport.targets.table import get_target
 from dinoexport.verify.parity import verify_artifact
-from dinoexport.verify.reference import Reference, load_reference, with_deployed_of
+from dinoexport.verify.reference import Reference, with_deployed_of
+from dinoexport.verify.reference_file import load_reference
 from dinotrain.tasks import get_task
 
 

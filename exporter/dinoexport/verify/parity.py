@@ -26,7 +26,8 @@ from dinoexport.recipes import Activations, Precision, Recipe, parse_recipe
 from dinoexport.targets.base import Runtime, Target, artifact_bytes
 from dinoexport.verify.blame import blame_outputs, blame_similarity, blame_structure
 from dinoexport.verify.metrics import cosine, max_error, sqnr_db
-from dinoexport.verify.reference import Norm, Reference, Values
+from dinoexport.verify.norms import Norm
+from dinoexport.verify.reference import Reference, Values
 from dinotrain.tasks.base import Task
 
 STRUCTURE_DB = 110.0

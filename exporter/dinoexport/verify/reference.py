@@ -5,19 +5,15 @@ that a reference made on one machine checks builds on another, and a bundle carr
 """
 
 import dataclasses
-import hashlib
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import Tensor, nn
 
 from dinoexport.errors import ParityError
@@ -26,6 +22,7 @@ from dinoexport.passes.guard_norms import watch_norms
 from dinoexport.passes.sequence import build_deploy_model
 from dinoexport.recipes import Recipe
 from dinoexport.verify.metrics import max_error, sqnr_db
+from dinoexport.verify.norms import Norm, compare_runs, noted_norms
 from dinoexport.verify.samples import parity_samples
 from dinotrain.backbones.vit import Block, VisionTransformer
 from dinotrain.model import TaskModel
@@ -42,20 +39,6 @@ STRUCTURE_SAMPLES = (0, -1)
 """On which the structure of an artifact is judged: one sample of photographs and one rendered. A
 graph and its weights are the same for every picture, so in exact arithmetic a few tell what all
 would; errors in the task's unit depend on the picture, and are judged on all."""
-
-
-class Norm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One LayerNorm or GroupNorm as it runs: its epsilon, and the first tap that it reaches.
-
-    ``layer`` is that tap, or ``head`` behind the last one.
-
-    ``optional`` says that a converter may leave it out: an earlier one reads the same values (the
-    members of an ensemble do), or it reads no picture at all (the queries of a decoder).
-    """
-
-    layer: str
-    epsilon: float
-    optional: bool
 
 
 class ReferenceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -219,7 +202,7 @@ def make_reference(
             exact = _run_all(trained, inputs, positions, device)
         _check_finite(exact)
         few = _few(inputs)
-        with watch_norms(deploy) as deploy_large, _noted_norms(deploy) as noted:
+        with watch_norms(deploy) as deploy_large, noted_norms(deploy) as noted:
 
             def run(pixels: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
                 noted.append([])
@@ -227,7 +210,7 @@ def make_reference(
 
             with _sketching(deploy, positions):
                 deployed = {"fp32": _run_all(run, few, {}, device)}
-        norms = _compare_runs(noted)
+        norms = compare_runs(noted)
         _check_deploy(exact.at(_places(len(samples))), deployed["fp32"], model.task)
     model.to("cpu")
     info = ReferenceInfo(
@@ -438,51 +421,6 @@ def _positions(taps: Mapping[str, Tensor], prefix: int) -> dict[str, np.ndarray]
     return positions
 
 
-NotedRuns = list[list[tuple[Norm, bytes]]]
-"""For each run the norms in running order, with a digest of what each one read."""
-
-
-@contextmanager
-def _noted_norms(deploy: DeployModel) -> Iterator[NotedRuns]:
-    """Note every LayerNorm and GroupNorm of two runs, with its unrounded epsilon.
-
-    Whoever runs the model adds an empty list before each run.
-    """
-    layers = [*deploy.tap_names, "head"]
-    runs: NotedRuns = []
-
-    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if len(runs) > 2:
-            return
-        epsilon = float(module.eps)  # type: ignore[arg-type]
-        seen = runs[-1]
-        key = hashlib.sha256(inputs[0].cpu().contiguous().numpy().data).digest()
-        repeated = any(n.epsilon == epsilon and key == other for n, other in seen)
-        layer = layers[min(len(deploy.backbone.record), len(layers) - 1)]
-        seen.append((Norm(layer, epsilon, repeated), key))
-
-    hooks = [
-        module.register_forward_pre_hook(note)
-        for module in deploy.modules()
-        if isinstance(module, nn.LayerNorm | nn.GroupNorm)
-    ]
-    try:
-        yield runs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _compare_runs(runs: NotedRuns) -> tuple[Norm, ...]:
-    """Return the norms of the first run; what reads the same in the second, on other pictures, is
-    optional.
-    """
-    return tuple(
-        msgspec.structs.replace(norm, optional=norm.optional or key == other)
-        for (norm, key), (_, other) in zip(*runs[:2], strict=True)
-    )
-
-
 def _check_finite(exact: Values) -> None:
     for name, value in (exact.taps | exact.outputs).items():
         if not np.isfinite(value).all():
@@ -506,102 +444,3 @@ def _check_deploy(training: Values, deploy: Values, task: Task) -> None:
                 f"the deploy graph leaves the training model at {name}. "
                 "This is a fault of dinoexport; please report it."
             )
-
-
-def encode_reference(reference: Reference) -> bytes:
-    """Encode as a safetensors file."""
-    tensors = {f"input.{n}": v for n, v in reference.inputs.items()}
-    tensors |= {f"positions.{n}": v for n, v in reference.positions.items()}
-    for kind, values in {"exact": reference.exact, **reference.deployed}.items():
-        tensors |= {f"{kind}.output.{n}": v for n, v in values.outputs.items()}
-        tensors |= {f"{kind}.tap.{n}": v for n, v in values.taps.items()}
-    tensors = {name: np.ascontiguousarray(value) for name, value in sorted(tensors.items())}
-    return save(tensors, metadata={"reference": msgspec.json.encode(reference.info).decode()})
-
-
-def load_reference(path: Path) -> Reference:
-    """Read a reference file from outside.
-
-    Raises:
-        ParityError: it is missing, corrupt, of another version, or its parts do not fit together.
-    """
-    if not path.is_file():
-        raise ParityError(f"{path}: no such reference. Make one with `dinoexport reference`.")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            # First, so that nothing of a foreign file is read.
-            raw = (file.metadata() or {}).get("reference", "")
-            info = msgspec.json.decode(raw, type=ReferenceInfo)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    # NumPy lacks some of safetensors' types, which is a TypeError or an AttributeError.
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
-        raise ParityError(
-            f"{path}: not a reference file: {error}. Make one with `dinoexport reference`."
-        ) from error
-    if info.format_version != FORMAT_VERSION:
-        raise ParityError(
-            f"{path}: reference format {info.format_version}, this version reads "
-            f"{FORMAT_VERSION}. Make it again with `dinoexport reference`."
-        )
-    reference = Reference(
-        info,
-        _part(tensors, "input."),
-        Values(_part(tensors, "exact.output."), _part(tensors, "exact.tap.")),
-        {
-            p: Values(_part(tensors, f"{p}.output."), _part(tensors, f"{p}.tap."))
-            for p in info.deployed
-        },
-        _part(tensors, "positions."),
-    )
-    _check_shapes(reference, path)
-    return reference
-
-
-def _part(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-
-
-def _check_shapes(reference: Reference, path: Path) -> None:
-    if not _fits(reference):
-        raise ParityError(
-            f"{path}: the parts of the reference do not fit together. "
-            "Make it again with `dinoexport reference`."
-        )
-
-
-def _fits(reference: Reference) -> bool:
-    """True if there is something to compare, and its parts have the shapes that they should."""
-    exact, positions = reference.exact, reference.positions
-    if not reference.inputs or not exact.outputs or not exact.taps:
-        return False
-    shapes = {images.shape for images in reference.inputs.values()}
-    count = next(iter(shapes))[:1]
-    if shapes != {(*count, *reference.info.image_size, 3)} or count == (0,):
-        return False
-    if any(images.dtype != np.uint8 for images in reference.inputs.values()):
-        return False
-    few = (len(STRUCTURE_SAMPLES),)
-    if positions.keys() != exact.taps.keys():
-        return False
-    # An index below zero would be taken from the end.
-    if any(
-        p.ndim != 1 or p.dtype.kind != "i" or not p.size or p.min() < 0 for p in positions.values()
-    ):
-        return False
-    for values, counts in [
-        (exact, [count]),
-        *((v, [count, few]) for v in reference.deployed.values()),
-    ]:
-        if values.outputs.keys() != exact.outputs.keys() or values.taps.keys() != exact.taps.keys():
-            return False
-        held = next(iter(values.outputs.values())).shape[:1]
-        if held not in counts or any(
-            value.shape != (*held, *exact.outputs[name].shape[1:])
-            for name, value in values.outputs.items()
-        ):
-            return False
-        if any(tap.shape != (*held, positions[n].size) for n, tap in values.taps.items()):
-            return False
-        if not all(np.isfinite(v).all() for v in (*values.outputs.values(), *values.taps.values())):
-            return False
-    return True

@@ -15,7 +15,7 @@ from dinoexport.recipes import parse_recipe
 from dinoexport.targets.base import Target
 from dinoexport.targets.table import TABLE, expand_targets, get_target
 from dinoexport.verify.parity import budget_of
-from dinoexport.verify.reference import load_reference
+from dinoexport.verify.reference_file import load_reference
 from dinotrain.backbones.vit import ViTConfig, init_weights_
 from dinotrain.checkpoint import CheckpointConfig, save_checkpoint
 from dinotrain.encoding import Encoding

@@ -14,6 +14,7 @@ from dinoexport.manifest import Verdict
 from dinoexport.recipes import PRECISIONS, parse_recipe
 from dinoexport.targets.base import Cut, RunResult, Runtime, Target, whole
 from dinoexport.verify.metrics import MAX_DB
+from dinoexport.verify.norms import Norm
 from dinoexport.verify.parity import (
     EPSILON_TOLERANCE,
     LEAST_COSINE,
@@ -25,13 +26,8 @@ from dinoexport.verify.parity import (
     run_samples,
     verify_artifact,
 )
-from dinoexport.verify.reference import (
-    Norm,
-    Reference,
-    Values,
-    encode_reference,
-    load_reference,
-)
+from dinoexport.verify.reference import Reference, Values
+from dinoexport.verify.reference_file import encode_reference, load_reference
 from dinotrain.tasks import get_task
 
 TAPS = ("tokens", "blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp", "features")

@@ -21,16 +21,10 @@ from dinoexport.passes.sequence import build_deploy_model
 from dinoexport.recipes import parse_recipe
 from dinoexport.verify import reference as module
 from dinoexport.verify.metrics import max_error, sqnr_db
+from dinoexport.verify.norms import Norm
 from dinoexport.verify.parity import STRUCTURE_DB
-from dinoexport.verify.reference import (
-    DEPLOY_BUDGET,
-    Norm,
-    Reference,
-    Values,
-    encode_reference,
-    load_reference,
-    make_reference,
-)
+from dinoexport.verify.reference import DEPLOY_BUDGET, Reference, Values, make_reference
+from dinoexport.verify.reference_file import encode_reference, load_reference
 from dinotrain.backbones.vit import ViTConfig, init_weights_
 from dinotrain.checkpoint import CheckpointConfig, load_checkpoint
 from dinotrain.heads.branch import HeadConfig
