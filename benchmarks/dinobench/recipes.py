@@ -32,13 +32,15 @@ class RecipeReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     schema_version: int = 1
     machine: Machine
     note: str = ""
-    calibration_count: int
+    calibration_count: int | None
     builds: tuple[BuildCost, ...] = ()
 
 
 def run(
     recipes: Annotated[str, typer.Option(help="With commas; all but fp32 if left out.")] = "",
-    calibration_count: Annotated[int, typer.Option(help="As `dinoexport build` takes it.")] = 64,
+    calibration_count: Annotated[
+        int | None, typer.Option(help="As `dinoexport build` takes it.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder that keeps what is known.")] = Path("recipes"),
 ) -> None:
     """Build the embedded eyelid model at each recipe; print sizes and worst errors per target."""
@@ -108,7 +110,7 @@ def _list_recipes() -> dict[str, dict[str, str]]:
     return msgspec.json.decode(found.stdout)
 
 
-def _read(path: Path, calibration_count: int) -> tuple[BuildCost, ...]:
+def _read(path: Path, calibration_count: int | None) -> tuple[BuildCost, ...]:
     try:
         report = msgspec.json.decode(path.read_bytes(), type=RecipeReport)
     except (OSError, msgspec.MsgspecError):
@@ -116,12 +118,14 @@ def _read(path: Path, calibration_count: int) -> tuple[BuildCost, ...]:
     return report.builds if report.calibration_count == calibration_count else ()
 
 
-def _build(recipe: str, targets: Sequence[str], calibration_count: int) -> BuildCost:
+def _build(recipe: str, targets: Sequence[str], calibration_count: int | None) -> BuildCost:
     names = ",".join(targets)
     with tempfile.TemporaryDirectory(prefix="dinobench-") as folder:
         command = [sys.executable, "-m", "dinoexport", "build", "--task", "eyelid", "--json"]
         command += ["--target", names, "--precision", recipe, "--out", folder]
-        cost = measure([*command, "--calibration-count", str(calibration_count)])
+        if calibration_count is not None:
+            command += ["--calibration-count", str(calibration_count)]
+        cost = measure(command)
     figures = (cost.wall_s, cost.peak_bytes / 1e9)
     return read_build(MODEL, names, recipe, cost.status, cost.stdout, figures)
 

@@ -15,7 +15,6 @@ from dinoexport.embedded import embedded_checkpoint
 from dinoexport.manifest import BudgetRecord
 from dinoexport.passes.sequence import LAYOUTS
 from dinoexport.quantize.observers import DEFAULT_OBSERVER, get_observer
-from dinoexport.quantize.pictures import DEFAULT_COUNT
 from dinoexport.recipes import Recipe, parse_recipe
 from dinoexport.targets.base import LowerOptions
 from dinoexport.targets.table import TABLE, expand_targets, get_target
@@ -31,13 +30,13 @@ class CalibrationRequest:
 
     Attributes:
         path: see ``read_calibration_set``; None renders pictures.
-        count: of samples.
+        count: of samples; None for those of ``USUAL_PICTURES``.
         seed: of their choice.
         observer: by name.
     """
 
     path: Path | None = None
-    count: int = DEFAULT_COUNT
+    count: int | None = None
     seed: int = 0
     observer: str = DEFAULT_OBSERVER
 

@@ -47,7 +47,10 @@ def build(
             "recipes with int8 or int16 activations; rendered pictures if left out."
         ),
     ] = None,
-    calibration_count: Annotated[int, typer.Option(help="Samples to calibrate on.")] = 64,
+    calibration_count: Annotated[
+        int | None,
+        typer.Option(help="Samples to calibrate on; as many as hold 64 pictures by default."),
+    ] = None,
     observer: Annotated[
         str, typer.Option(help="How ranges are chosen: min-max, percentile, mse, entropy.")
     ] = "min-max",

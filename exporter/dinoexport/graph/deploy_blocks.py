@@ -99,9 +99,13 @@ class PlainAttention(SplitAttention):
         self.q, self.k, self.v = attention.q, attention.k, attention.v
         self.proj = attention.proj
         self.scale = (attention.q.out_features // attention.heads) ** -0.5
+        self.fused = False
+        """Compute the same by torch's kernel, where nothing is captured (``fused_attention``)."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, heads, Q, d), (B, heads, T, d) twice → (B, heads, Q, d)."""
+        if self.fused:
+            return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         if self.scale != 1:
             q = q * self.scale
         return (q @ k.transpose(-2, -1)).softmax(dim=-1) @ v

@@ -62,12 +62,11 @@ def calibrate(
         for watch, tensor, what in zip(
             watches[name], (read, given), ("reads", "gives"), strict=True
         ):
-            if not bool(tensor.isfinite().all()):
+            if not watch.add(tensor):
                 raise BuildError(
                     f"calibration: {name} {what} numbers that are not finite. "
                     "Train the model again, or give other pictures with --calibration."
                 )
-            watch.add(tensor)
 
     with watched(modules, note):
         run_samples(model, pictures, progress)
@@ -94,10 +93,28 @@ def run_samples(
     model: nn.Module, pictures: CalibrationSet, progress: Progress | None = None
 ) -> None:
     """Run a deploy model on each sample; what it gives is left to hooks."""
-    for done, sample in enumerate(pictures.samples, start=1):
-        model(*to_pixels(model, sample))
-        if progress is not None:
-            progress(done, len(pictures.samples))
+    with fused_attention(model):
+        for done, sample in enumerate(pictures.samples, start=1):
+            model(*to_pixels(model, sample))
+            if progress is not None:
+                progress(done, len(pictures.samples))
+
+
+@contextmanager
+def fused_attention(model: nn.Module) -> Iterator[None]:
+    """Let attention that has the choice run by torch's own kernel, while it holds.
+
+    What is captured are plain products. Run by torch they write a map of all tokens by all tokens,
+    which at 518 px takes longer than all linear layers do.
+    """
+    able = [module for module in model.modules() if hasattr(module, "fused")]
+    for module in able:
+        module.fused = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in able:
+            module.fused = False  # type: ignore[assignment]
 
 
 def to_pixels(model: nn.Module, sample: Mapping[str, NDArray[np.uint8]]) -> list[Tensor]:
@@ -150,14 +167,19 @@ class _Watch:
     def maximum(self) -> float:
         return float(self._high.max()) if self._high is not None else 0.0
 
-    def add(self, tensor: Tensor) -> None:
+    def add(self, tensor: Tensor) -> bool:
+        """Take a tensor in; False if it has numbers that are not finite."""
         rows = tensor.movedim(self._axis, -1).reshape(-1, tensor.shape[self._axis])
+        # NaN is the least and the largest of what it is among.
         low, high = rows.amin(dim=0), rows.amax(dim=0)
+        if not bool((low.isfinite() & high.isfinite()).all()):
+            return False
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
         self._shape = tuple(tensor.shape)
         if self._observer.counts:
             self._histogram.add(tensor.cpu().numpy())
+        return True
 
     def finish(self) -> TensorStatistics:
         if self._low is None or self._high is None:

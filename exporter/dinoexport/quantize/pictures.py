@@ -5,6 +5,7 @@ the user gives nothing, from the task's own renderer.
 """
 
 import hashlib
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from dinotrain.data.images import Pixels, fit_image, read_image
 from dinotrain.errors import DataError, UsageError
 from dinotrain.tasks.base import Task
 
-DEFAULT_COUNT = 64
+USUAL_PICTURES = 64
+"""Each is of one input: of several inputs a sample has several, which one backbone reads."""
 LEAST_COUNT = 8
 """Below this, one odd picture sets the ranges."""
 LIST_SUFFIX = ".txt"
@@ -33,7 +35,7 @@ def read_calibration_set(
     image_size: tuple[int, int],
     path: Path | None = None,
     *,
-    count: int = DEFAULT_COUNT,
+    count: int | None = None,
     seed: int = 0,
     barred: Collection[str] = (),
 ) -> CalibrationSet:
@@ -45,7 +47,7 @@ def read_calibration_set(
         path: a folder with pictures in it, or a text file with the path of one on each line (from
             its own folder): each serves all inputs of the task in turn. Otherwise labelled data as
             the task reads them, of which the training split is taken. None: rendered pictures.
-        count: samples at most; those there are, drawn by ``seed``.
+        count: samples at most; those there are, drawn by ``seed``. None: ``usual_count``.
         seed: of the choice.
         barred: digests of pictures that must not be among them (``pixel_digest``): the parity
             samples, whose error would look smaller than that of new pictures.
@@ -54,10 +56,11 @@ def read_calibration_set(
         UsageError: fewer than ``LEAST_COUNT`` are asked for or found.
         DataError: the data cannot be read; a picture is of one colour or barred.
     """
+    count = usual_count(task) if count is None else count
     if count < LEAST_COUNT:
         raise UsageError(
             f"--calibration-count {count} is under {LEAST_COUNT}, of which one odd picture sets "
-            f"the ranges. Use {LEAST_COUNT} or more; {DEFAULT_COUNT} is usual."
+            f"the ranges. Use {LEAST_COUNT} or more; {usual_count(task)} is usual."
         )
     if path is None:
         source = f"pictures rendered by task {task.name}; none were given"
@@ -79,6 +82,11 @@ def read_calibration_set(
             f"{LEAST_COUNT} are needed at least. Give more, or leave --calibration out to render."
         )
     return CalibrationSet(tuple(samples), source, seed, set_digest(samples))
+
+
+def usual_count(task: Task) -> int:
+    """Return how many samples hold ``USUAL_PICTURES``."""
+    return max(LEAST_COUNT, math.ceil(USUAL_PICTURES / len(task.inputs)))
 
 
 @dataclass(frozen=True)

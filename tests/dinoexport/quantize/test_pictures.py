@@ -84,6 +84,13 @@ def test_parity_samples_are_refused(tmp_path: Path) -> None:
         read_calibration_set(EYELID, SIZE, tmp_path, barred=barred)
 
 
+@pytest.mark.parametrize(("task", "samples"), [("eyelid", 22), ("classify", 64)])
+def test_as_many_samples_as_hold_64_pictures_unless_told(task: str, samples: int) -> None:
+    found = read_calibration_set(get_task(task), SIZE)
+    assert len(found.samples) == samples
+    assert 64 <= sum(map(len, found.samples)) < 64 + len(found.samples[0])
+
+
 @pytest.mark.parametrize(
     ("count", "message"), [(7, "--calibration-count 7 is under 8"), (0, "is under 8")]
 )
