@@ -58,7 +58,7 @@ class ScaleReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 def run(
     variants: Annotated[str, typer.Option(help="Of s, b, l, g, with commas.")] = "s,b,l",
     sizes: Annotated[str, typer.Option(help="Sides in pixels, with commas.")] = "224,518",
-    precisions: Annotated[str, typer.Option(help="Recipes, with commas.")] = "fp16,w8a8,w8",
+    precisions: Annotated[str, typer.Option(help="Recipes, with commas.")] = "fp16,w8a8",
     target: Annotated[str, typer.Option(help="As `dinoexport build` takes it.")] = "all",
     out: Annotated[Path, typer.Option(help="Folder that keeps what is known.")] = Path("scale"),
 ) -> None:
