@@ -23,6 +23,7 @@ from dinoexport.errors import BuildError
 from dinoexport.facts import describe_build, embedded_metadata
 from dinoexport.graph.capture import CapturedProgram, capture_deploy
 from dinoexport.graph.deploy_model import DeployModel
+from dinoexport.graph.spill import spill_
 from dinoexport.manifest import (
     BudgetRecord,
     Verdict,
@@ -164,7 +165,8 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
             reference = with_deployed(reference, plan.recipe.name, deploy)
         with reporter.step("capture"), quiet(log):
             program = capture_deploy(deploy, plan.recipe, layers)
-        del deploy
+        del deploy, layers
+        program = spill_(program)
         release(plan.weight_bytes)
         return BuildResult(
             tuple(
@@ -220,6 +222,7 @@ def _build_one(
         metadata = embedded_metadata(plan, reference.info.checkpoint_sha256)
         with reporter.step(f"lower to {target.name}"), quiet(log), lowering(target.name, log):
             taps = target.lower(program, artifact, options, metadata)
+        program.rest()
         release(plan.weight_bytes)
         check_measured(artifact, plan.request.budget)
         with reporter.step(f"verify {target.name}") as step, quiet(log):

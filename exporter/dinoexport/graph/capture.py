@@ -5,6 +5,7 @@ the same nodes; so a tap's node is known by name in the graph that ships.
 """
 
 import dataclasses
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,11 +48,18 @@ class CapturedProgram:
     decode_nodes: frozenset[str]
     recipe: Recipe
     layers: dict[str, Layer]
+    pages: mmap.mmap | None = None
+    """Of the file that holds the weights, see ``spill_``."""
 
     @property
     def weight_bytes(self) -> int:
         """Of its weights in float32, as it holds them and converters write them."""
         return sum(t.numel() * t.element_size() for t in self.program.state_dict.values())
+
+    def rest(self) -> None:
+        """Take weights that lie in a file out of memory; they come back when they are read."""
+        if self.pages is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self.pages.madvise(mmap.MADV_DONTNEED)
 
     def sample_inputs(self) -> dict[str, torch.Tensor]:
         """Black uint8 images, {input: (1, H, W, 3)}: the shapes that adaptors are traced with."""

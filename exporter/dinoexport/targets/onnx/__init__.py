@@ -49,6 +49,7 @@ class OnnxTarget(Target):
         from dinoexport.targets.onnx.quantize import to_half_precision_
 
         model = lower(program)
+        program.rest()
         integer = any(p.activations in _INTEGER for p in program.recipe.precisions)
         if program.recipe.name == "fp16":
             to_half_precision_(model, program.decode_nodes)

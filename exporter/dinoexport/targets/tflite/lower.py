@@ -69,6 +69,7 @@ def _convert(
     except Exception as error:  # the converter raises types of several libraries
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         raise BuildError(f"tflite: the converter failed: {reason}") from error
+    program.rest()
 
 
 @contextmanager
