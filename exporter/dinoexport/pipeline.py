@@ -217,9 +217,10 @@ def _build_one(
     options = plan.request.lower_options
     task = get_task(plan.config.task)
     bundle_name = plan.bundle_name(target.name)
+    sha256 = reference.info.checkpoint_sha256
     with staged(plan.request.out, bundle_name) as folder:
         artifact = folder / f"{plan.name}{target.suffix}"
-        metadata = embedded_metadata(plan, reference.info.checkpoint_sha256)
+        metadata = embedded_metadata(plan, sha256)
         with reporter.step(f"lower to {target.name}"), quiet(log), lowering(target.name, log):
             taps = target.lower(program, artifact, options, metadata)
         program.rest()
@@ -233,7 +234,6 @@ def _build_one(
         (folder / REFERENCE).write_bytes(encode_reference(reference))
         if calibration is not None:
             write_record(folder, record_calibration(calibration, plan.recipe.name, program.layers))
-        sha256 = reference.info.checkpoint_sha256
         manifest = describe_build(plan, target, calibration, taps, verdict, sha256)
         (folder / REPORT).write_text(render_report(manifest), encoding="utf-8")
         manifest = msgspec.structs.replace(manifest, files=record_files(folder))

@@ -48,19 +48,27 @@ def test_what_nothing_refers_to_goes_back_where_it_is_much() -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize("short", [0, 1])
-def test_too_little_memory_is_refused_before_anything_is_loaded(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: int
-) -> None:
+@pytest.fixture
+def request_(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> BuildRequest:
+    """A build that ends with LookupError once it loads."""
+
     def load(_plan) -> None:
         raise LookupError("loading")
 
+    monkeypatch.setattr(pipeline, "load_model", load)
+    return BuildRequest("eyelid", "onnx", tmp_path, tiny_checkpoint, "fp16")
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_too_little_memory_is_refused_before_anything_is_loaded(
+    request_: BuildRequest, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, short: int
+) -> None:
     needed = LEAST_COPIES * weights(tiny_checkpoint)
     monkeypatch.setattr(pipeline, "free_bytes", lambda: needed - short)
-    monkeypatch.setattr(pipeline, "load_model", load)
-    request = BuildRequest("eyelid", "onnx", tmp_path, tiny_checkpoint, "fp16")
     with pytest.raises(BuildError if short else LookupError) as error:
-        build(request, Reporter(enabled=False))
+        build(request_, Reporter(enabled=False))
     if short:
         assert "of memory free, and a build of this model needs at least" in str(error.value)
         assert "\n" not in str(error.value)
@@ -68,22 +76,17 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(
 
 @pytest.mark.parametrize("short", [0, 1])
 def test_a_full_folder_is_refused_before_anything_is_loaded(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: int
+    request_: BuildRequest, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, short: int
 ) -> None:
-    def load(_plan) -> None:
-        raise LookupError("loading")
-
     # Three targets in float32, and 32 MiB for what comes with them.
     free = 3 * weights(tiny_checkpoint) + 32 * 2**20 - short
     usage = shutil._ntuple_diskusage(2 * free, free, free)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
-    monkeypatch.setattr(pipeline, "load_model", load)
-    request = BuildRequest("eyelid", "onnx", tmp_path, tiny_checkpoint, "fp16")
     with pytest.raises(BuildError if short else LookupError) as error:
-        build(request, Reporter(enabled=False))
+        build(request_, Reporter(enabled=False))
     if short:
         assert str(error.value).startswith(
-            f"{tmp_path}: {free / 2**20:.0f} MiB free, a build needs"
+            f"{request_.out}: {free / 2**20:.0f} MiB free, a build needs"
         )
         assert str(error.value).endswith("Free some space or give another --out.")
 

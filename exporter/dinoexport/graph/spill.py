@@ -7,7 +7,6 @@ copies that its runtime makes.
 import dataclasses
 import mmap
 import tempfile
-from collections.abc import Iterator
 from contextlib import suppress
 
 import numpy as np
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from dinoexport.graph.capture import CapturedProgram
 from dinoexport.memory import WORTH_BYTES
-from dinoexport.quantize.layers import Layer
 
+Place = tuple[int, int]
 _LEAST_BYTES = 2**16
 """Of an array that is worth a place of its own."""
 
@@ -43,54 +42,44 @@ def spill_(program: CapturedProgram) -> CapturedProgram:
 
 
 def _spill_(program: CapturedProgram) -> CapturedProgram:
-    tensors = {id(t): t for t in _tensors(program)}.values()
-    addresses = [t.data_ptr() for t in tensors]
-    stored = {name: layer for name, layer in program.layers.items() if _is_large(layer)}
+    tensors = [(t, _place(t.detach().numpy())) for t in _tensors(program)]
+    stored = {name: layer.stored for name, layer in program.layers.items()}
+    large = {name: x for name, x in stored.items() if x is not None and _is_large(x.codes)}
     # Both programs have the same weights, which are written once.
-    arrays: dict[int, NDArray[np.generic]] = {
-        address: t.detach().numpy() for address, t in zip(addresses, tensors, strict=True)
-    }
-    arrays |= {_address(layer): layer.stored.codes for layer in stored.values()}  # type: ignore[union-attr]
+    arrays: dict[Place, NDArray[np.generic]] = {p: t.detach().numpy() for t, p in tensors}
+    arrays |= {_place(x.codes): x.codes for x in large.values()}
+    offsets = {}
     with tempfile.TemporaryFile(prefix="dinoexport-") as file:
-        places = {}
-        for address, array in arrays.items():
-            places[address] = file.seek(-(-file.tell() // mmap.PAGESIZE) * mmap.PAGESIZE)
+        for place, array in arrays.items():
+            offsets[place] = file.seek(-(-file.tell() // mmap.PAGESIZE) * mmap.PAGESIZE)
             file.write(array.data)
         file.flush()
         pages = mmap.mmap(file.fileno(), 0)
-    for tensor, address in zip(tensors, addresses, strict=True):
+    for tensor, place in tensors:
         flat = torch.frombuffer(
-            pages, dtype=tensor.dtype, count=tensor.numel(), offset=places[address]
+            pages, dtype=tensor.dtype, count=tensor.numel(), offset=offsets[place]
         )
         tensor.data = flat.view(tensor.shape)
-    moved = {name: _with_codes(layer, pages, places) for name, layer in stored.items()}
-    return dataclasses.replace(program, layers={**program.layers, **moved}, pages=pages)
+    layers = dict(program.layers)
+    for name, weight in large.items():
+        codes = weight.codes
+        flat = np.frombuffer(pages, codes.dtype, codes.size, offsets[_place(codes)])
+        moved = dataclasses.replace(weight, codes=flat.reshape(codes.shape))
+        layers[name] = dataclasses.replace(layers[name], stored=moved)
+    return dataclasses.replace(program, layers=layers, pages=pages)
 
 
-def _tensors(program: CapturedProgram) -> Iterator[Tensor]:
-    for exported in (program.program, program.debug_program):
-        for tensor in exported.state_dict.values():
-            if tensor.is_contiguous() and tensor.nbytes >= _LEAST_BYTES:
-                yield tensor
+def _tensors(program: CapturedProgram) -> list[Tensor]:
+    """Large weights of both programs, each once."""
+    both = (program.program, program.debug_program)
+    found = {id(t): t for exported in both for t in exported.state_dict.values()}
+    return [t for t in found.values() if t.is_contiguous() and t.nbytes >= _LEAST_BYTES]
 
 
-def _is_large(layer: Layer) -> bool:
-    if layer.stored is None:
-        return False
-    codes = layer.stored.codes
+def _is_large(codes: NDArray[np.generic]) -> bool:
     return codes.flags.c_contiguous and codes.nbytes >= _LEAST_BYTES
 
 
-def _address(layer: Layer) -> int:
-    return layer.stored.codes.ctypes.data  # type: ignore[union-attr]
-
-
-def _with_codes(layer: Layer, pages: mmap.mmap, places: dict[int, int]) -> Layer:
-    stored = layer.stored
-    codes: NDArray[np.generic] = np.frombuffer(
-        pages,
-        stored.codes.dtype,  # type: ignore[union-attr]
-        stored.codes.size,  # type: ignore[union-attr]
-        places[_address(layer)],
-    ).reshape(stored.codes.shape)  # type: ignore[union-attr]
-    return dataclasses.replace(layer, stored=dataclasses.replace(stored, codes=codes))  # type: ignore[type-var]
+def _place(array: NDArray[np.generic]) -> Place:
+    """Where numbers lie in memory: what starts at one place may be of two sizes."""
+    return array.ctypes.data, array.nbytes
