@@ -24,10 +24,7 @@ from dinoexport.facts import describe_build, embedded_metadata
 from dinoexport.graph.capture import CapturedProgram, capture_deploy
 from dinoexport.graph.deploy_model import DeployModel
 from dinoexport.graph.spill import spill_
-from dinoexport.manifest import (
-    BudgetRecord,
-    Verdict,
-)
+from dinoexport.manifest import BudgetRecord, Verdict
 from dinoexport.memory import free_bytes, release
 from dinoexport.passes.base import apply_passes
 from dinoexport.passes.guard_norms import GuardNorms, large_norms

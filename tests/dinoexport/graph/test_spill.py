@@ -64,6 +64,16 @@ def test_numbers_stay_the_same(small, program) -> None:
         spilled.rest()
 
 
+def test_arrays_of_two_sizes_may_start_at_one_place(small, program) -> None:
+    state = program.debug_program.state_dict
+    name, whole = next((n, x.detach()) for n, x in state.items() if x.dim() == 2 and len(x) > 1)
+    state["front"] = whole[:1]
+    expected = whole.clone()
+    spilled = weights(spill_(program))
+    assert torch.equal(spilled["debug front"], expected[:1])
+    assert torch.equal(spilled[f"debug {name}"], expected)
+
+
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's smaps")
 def test_what_rests_takes_no_memory_until_it_is_read(small, program) -> None:
     spilled = spill_(program)
