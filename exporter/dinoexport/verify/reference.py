@@ -31,9 +31,6 @@ from dinotrain.tasks.base import Task
 FORMAT_VERSION = 2
 SKETCH_SIZE = 1024
 PREFIX_SKETCH_SIZE = 256
-DEPLOY_BUDGET = 1e-4
-"""Largest error of the deploy graph against the training model, in the unit of the outputs."""
-
 
 STRUCTURE_SAMPLES = (0, -1)
 """On which the structure of an artifact is judged: one sample of photographs and one rendered. A
@@ -431,12 +428,13 @@ def _check_finite(exact: Values) -> None:
 
 
 def _check_deploy(training: Values, deploy: Values, task: Task) -> None:
+    budget = task.budgets.deploy
     for name, value in training.outputs.items():
         error = max_error(value, deploy.outputs[name], task.error)
-        if error > DEPLOY_BUDGET:
+        if error > budget:
             raise ParityError(
                 f"the deploy graph's {name} leaves the training model by {error:.2g}, "
-                f"budget {DEPLOY_BUDGET:g}. This is a fault of dinoexport; please report it."
+                f"budget {budget:g}. This is a fault of dinoexport; please report it."
             )
     for name, value in training.taps.items():
         if sqnr_db(value, deploy.taps[name]) < 100:

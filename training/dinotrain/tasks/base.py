@@ -77,6 +77,8 @@ class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Budgets(NamedTuple):
     """The largest error that parity accepts, by how numbers are held; in ``Task.error_unit``."""
 
+    deploy: float
+    """Of the graph that is exported against the trained model, both float32 in PyTorch."""
     float32: float
     float16: float
     weights8: float

@@ -47,6 +47,7 @@ class ClassifyTask(Task):
     drop_option = "max-top1-drop"
     drop_unit = "share of pictures"
     budgets = Budgets(
+        deploy=0.0001,
         float32=0.0001,
         float16=0.02,
         weights8=0.05,

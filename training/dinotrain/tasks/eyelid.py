@@ -62,6 +62,7 @@ class EyelidTask(Task):
     drop_option = "max-error-mm"
     drop_unit = "mm"
     budgets = Budgets(
+        deploy=0.0001,
         float32=0.001,
         float16=0.02,
         weights8=0.1,

@@ -51,6 +51,7 @@ class SegmentTask(Task):
     drop_option = "max-miou-drop"
     drop_unit = "mean IoU"
     budgets = Budgets(
+        deploy=0.0005,
         float32=0.0005,
         float16=0.01,
         weights8=0.03,
